@@ -1,0 +1,35 @@
+# Everything runs in .venv, which is made on first use and made again when pyproject.toml changes.
+# pip reads PIP_CONSTRAINT: name a constraints file there to choose the build of torch.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+# small tensors on several threads are slower than on one; tests and runs are spread over processes instead
+export OMP_NUM_THREADS := 1
+export MKL_NUM_THREADS := 1
+
+.PHONY: demo test check bench clean
+
+demo: $(READY)  ## SGD, SAM and ASAM on real data, and a page that shows it
+	$(BIN)/asam compare --out demo --force
+	@echo "Open demo/report.html in a browser."
+
+test: $(READY)  ## the test suite
+	$(BIN)/pytest -n 2 -m "not slow"
+
+check: $(READY)  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## cost per step and memory, beside plain SGD and another implementation
+	$(BIN)/python benchmarks/bench.py
+
+clean:
+	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[experiments,dev]'
+	@touch $@

@@ -1,0 +1,319 @@
+"""ASAM and SAM as a gradient: what ``loss.backward()`` was, ``asam.backward(closure)`` is.
+
+    g = gradient at w                               ascent
+    e = argmax <g, e> over ||T_w^-1 e||_p <= rho
+    .grad += gradient at w + e                      descent
+
+Optimizer, scheduler, gradient scaler, clipping, accumulation and checkpoints stay as they are.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import Geometry, check_rho
+from .parameters import selected_parameters
+from .perturbation import RandomState, perturbed
+
+Closure = Callable[[], Tensor]
+
+
+class ASAM:
+    """Adaptive Sharpness-Aware Minimization: the gradient at the worst point of the neighborhood of the weights.
+
+    Args:
+        model: the module whose parameters are perturbed and whose buffers are kept from moving twice.
+        rho: neighborhood size, a finite number >= 0; may be set at any time. With 0, ``backward`` is one plain pass.
+        eta, normalization, p, bias: the geometry of the neighborhood, see :class:`Geometry`.
+        params: names or tensors of the parameters to perturb, all by default. Those without a gradient are left alone.
+        replay_rng: whether the descent pass draws the same random numbers (dropout masks) from torch's default
+            generators as the ascent pass did.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above.
+
+    Source: Kwon et al., arXiv:2102.11600.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> asam = ASAM(model, rho=0.5)
+        >>> inputs, targets = torch.randn(8, 3), torch.randn(8, 1)
+        >>> loss = asam.backward(lambda: torch.nn.functional.mse_loss(model(inputs), targets))
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rho: float = 0.5,
+        eta: float = 0.01,
+        normalization: str | Callable[[Tensor], Tensor | float] = "elementwise",
+        p: float = 2,
+        bias: str = "unscaled",
+        params: Iterable[str | Tensor] | None = None,
+        replay_rng: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not isinstance(replay_rng, bool):
+            raise TypeError(f"replay_rng must be a bool, got {type(replay_rng).__name__}")
+        self.geometry = Geometry(normalization, p, eta, bias)
+        self.rho = rho
+        self.replay_rng = replay_rng
+        self._model = model
+        chosen = selected_parameters(model, params)
+        self._params = {name: param for name, param in chosen.items() if self.geometry.perturbs(name)}
+        if not self._params:
+            raise ValueError("params leaves nothing to perturb: the model has no such parameters")
+        for name, param in self._params.items():
+            if param.is_complex():
+                raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
+        self._active = False
+
+    @property
+    def rho(self) -> float:
+        """Neighborhood size. Set it to follow a schedule."""
+        return self._rho
+
+    @rho.setter
+    def rho(self, rho: float) -> None:
+        check_rho(rho)
+        self._rho = float(rho)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rho={self.rho}, {self.geometry}, parameters={len(self._params)})"
+
+    def backward(
+        self,
+        closure: Closure | Sequence[Closure],
+        *,
+        ascent: Closure | Sequence[Closure] | None = None,
+        backward: Callable[[Tensor], Any] | None = None,
+    ) -> Tensor:
+        """Add the gradient at w + e to ``.grad`` and return the loss at w.
+
+        Args:
+            closure: computes the loss, a scalar tensor; forward only. It is called twice, at w and at w + e. Several
+                closures share one perturbation and their losses add up.
+            ascent: what is climbed, if not ``closure``: for example the loss on a part of the batch. The loss returned
+                is then this one's.
+            backward: how to call backward on a loss, ``loss.backward()`` by default. With a gradient scaler:
+                ``lambda loss: scaler.scale(loss).backward()``; with Accelerate: ``accelerator.backward``. It runs in
+                both passes, and parameters outside the model then get the gradients of both.
+
+        Returns:
+            The loss at w, detached: a scalar tensor.
+
+        Raises:
+            TypeError: a closure is not callable or does not return a tensor.
+            ValueError: a loss is not a scalar, or there is no closure.
+            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, or the call is nested in another.
+
+        The weights are w again afterwards, bit for bit, also if a closure raises.
+        """
+        descents = _as_closures("closure", closure)
+        ascents = descents if ascent is None else _as_closures("ascent", ascent)
+        if backward is not None and not callable(backward):
+            raise TypeError(f"backward must be a callable that takes the loss, got {type(backward).__name__}")
+        with self._entered(), torch.enable_grad():
+            if self.rho == 0:
+                return _descend(descents, backward)
+            before = self._random_state() if self.replay_rng else None
+            climb = self._climb if backward is None else self._climb_through
+            loss, names, params, grads = climb(ascents, backward)
+            after = self._random_state() if self.replay_rng else None
+            with perturbed(self._model, self.geometry, names, params, grads, self.rho):
+                if before is not None:
+                    before.restore()
+                try:
+                    _descend(descents, backward)
+                finally:
+                    if after is not None:
+                        after.restore()
+        return loss
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Run a block at w + e, with the ``.grad`` that is there as the ascent gradient.
+
+        The gradients of the whole model are cleared on entry, so that the block's own backward pass leaves the
+        gradient at w + e in ``.grad``.
+
+        Raises:
+            RuntimeError: no perturbed parameter has a gradient, one is sparse, or the call is nested in another.
+
+        Example:
+            >>> import torch
+            >>> model = torch.nn.Linear(3, 1)
+            >>> asam, inputs = ASAM(model), torch.randn(8, 3)
+            >>> model(inputs).square().mean().backward()
+            >>> with asam.perturbed():
+            ...     model(inputs).square().mean().backward()
+        """
+        if self.replay_rng:
+            raise RuntimeError("replay_rng=True needs both passes: call backward(closure) instead of perturbed()")
+        with self._entered():
+            names, params, grads = self._present([param.grad for param in self._params.values()])
+            for param in self._model.parameters():
+                param.grad = None
+            with perturbed(self._model, self.geometry, names, params, grads, self.rho):
+                yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """What changes during training: ``rho``. The geometry is the constructor's."""
+        return {"rho": self.rho}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take up the state of :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state has other keys, or its rho is not a finite number >= 0.
+        """
+        if set(state_dict) != {"rho"}:
+            raise ValueError(f"state_dict must have the one key 'rho', got {sorted(map(str, state_dict))}")
+        self.rho = state_dict["rho"]
+
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        if self._active:
+            raise RuntimeError(
+                f"the weights are perturbed already: leave perturbed() or the closure of backward() before you call "
+                f"{type(self).__name__} again"
+            )
+        self._active = True
+        try:
+            yield
+        finally:
+            self._active = False
+
+    def _random_state(self) -> RandomState:
+        return RandomState({param.device for param in self._params.values()})
+
+    def _climb(
+        self, closures: Sequence[Closure], _: None
+    ) -> tuple[Tensor, list[str], list[nn.Parameter], list[Tensor]]:
+        """Loss and gradient at w of the perturbed parameters alone; no ``.grad`` is touched."""
+        trainable = {name: param for name, param in self._params.items() if param.requires_grad}
+        params = list(trainable.values())
+        total, grads = None, [None] * len(params)
+        for closure in closures:
+            loss = _loss(closure)
+            new = list(torch.autograd.grad(loss, params, allow_unused=True)) if params else []
+            total = loss.detach() if total is None else total + loss.detach()
+            for i, grad in enumerate(new):
+                # not in place: autograd may hand out one buffer for two parameters
+                if grad is not None:
+                    grads[i] = grad if grads[i] is None else grads[i] + grad
+                new[i] = None
+        return total, *self._present(grads, trainable)
+
+    def _climb_through(
+        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any]
+    ) -> tuple[Tensor, list[str], list[nn.Parameter], list[Tensor]]:
+        """The same by the user's own backward, with the gradients of earlier micro-batches set aside for the while."""
+        everything = list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
+        earlier = [param.grad for param in everything]
+        for param in everything:
+            param.grad = None
+        try:
+            loss = _descend(closures, backward)
+            grads = [param.grad for param in self._params.values()]
+        finally:
+            for param, grad in zip(everything, earlier, strict=True):
+                param.grad = grad
+        return loss, *self._present(grads)
+
+    def _present(
+        self, grads: Sequence[Tensor | None], params: Mapping[str, nn.Parameter] | None = None
+    ) -> tuple[list[str], list[nn.Parameter], list[Tensor]]:
+        """Names, parameters and gradients of the parameters that have a gradient."""
+        params = self._params if params is None else params
+        found = [(name, params[name], grad) for name, grad in zip(params, grads, strict=True) if grad is not None]
+        if not found:
+            raise RuntimeError(
+                "no perturbed parameter has a gradient: the loss must depend on a parameter of the model that "
+                "requires one, and perturbed() needs loss.backward() before it"
+            )
+        for name, _, grad in found:
+            if grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients, and {name!r} has one: build the layer with "
+                    "sparse=False, or leave it out with params=..."
+                )
+        names, chosen, values = zip(*found, strict=True)
+        return list(names), list(chosen), list(values)
+
+
+class SAM(ASAM):
+    """Sharpness-Aware Minimization: ASAM with no normalization, a ball of fixed size around the weights.
+
+    Args:
+        model, rho, p, bias, params, replay_rng: as for :class:`ASAM`; of the bias policies, ``"scaled"`` and
+            ``"unscaled"`` are the same here.
+
+    Source: Foret et al., arXiv:2010.01412.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> loss = SAM(model, rho=0.05).backward(lambda: model(torch.randn(8, 3)).square().mean())
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rho: float = 0.05,
+        p: float = 2,
+        bias: str = "unscaled",
+        params: Iterable[str | Tensor] | None = None,
+        replay_rng: bool = False,
+    ) -> None:
+        super().__init__(model, rho=rho, normalization="none", p=p, bias=bias, params=params, replay_rng=replay_rng)
+
+
+def _as_closures(argument: str, value: Closure | Sequence[Closure]) -> Sequence[Closure]:
+    closures = value if isinstance(value, list | tuple) else [value]
+    if not closures:
+        raise ValueError(f"{argument} must be a callable or a sequence of them, got an empty sequence")
+    for item in closures:
+        if not callable(item):
+            raise TypeError(
+                f"{argument} must be a callable that returns the loss, or a sequence of them, "
+                f"got {type(item).__name__}: write backward(lambda: loss_fn(model(inputs), targets))"
+            )
+    return closures
+
+
+def _loss(closure: Closure) -> Tensor:
+    loss = closure()
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"closure must return the loss, a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"closure must return a scalar tensor, got shape {tuple(loss.shape)}: take its mean or sum")
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "the closure's loss has no graph: compute it from the model without torch.no_grad() or .detach(), "
+            "with a parameter that requires a gradient"
+        )
+    return loss
+
+
+def _descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None) -> Tensor:
+    total: Tensor | None = None
+    for closure in closures:
+        loss = _loss(closure)
+        if backward is None:
+            loss.backward()
+        else:
+            backward(loss)
+        total = loss.detach() if total is None else total + loss.detach()
+    assert total is not None
+    return total

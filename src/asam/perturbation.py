@@ -1,0 +1,95 @@
+"""Move the weights to w + e for a while, and bring everything back exactly.
+
+The weights are saved and copied back, never subtracted: (w + e) - e is not w in floating point. They are moved in
+place, so that a graph which still needs the old values raises autograd's version error instead of giving a wrong
+gradient. Buffers (batch-norm statistics, any other) come back too, so that they move once a step, in the pass at w.
+All of it happens in ``finally``: an exception, Ctrl-C or an out-of-memory error leaves the model as it was.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from .geometry import Geometry
+
+
+@contextmanager
+def perturbed(
+    model: nn.Module,
+    geometry: Geometry,
+    names: Sequence[str],
+    params: Sequence[Tensor],
+    grads: list[Tensor],
+    rho: float,
+) -> Iterator[None]:
+    """Run the block at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``.
+
+    ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end.
+    """
+    saved: list[tuple[list[Tensor], Sequence[Tensor]]] = []
+    buffers = _Buffers(model)
+    try:
+        with torch.no_grad():
+            for block in geometry.blocks(names, params, grads, rho):
+                saved.append((block.targets, copies(block.targets)))
+                block.move()
+                del block
+        # autocast keeps its half-precision copies of the weights for as long as its context is open
+        torch.clear_autocast_cache()
+        yield
+    finally:
+        with torch.no_grad():
+            for targets, originals in saved:
+                torch._foreach_copy_(targets, originals)
+            buffers.restore()
+        torch.clear_autocast_cache()
+
+
+class _Buffers:
+    """Every buffer of a model as it was when this was made."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._places = [
+            (module, name, buffer)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        self._contents = copies([buffer.detach() for _, _, buffer in self._places])
+        self._versions = [buffer._version for _, _, buffer in self._places]
+
+    def restore(self) -> None:
+        for (module, name, buffer), content, version in zip(self._places, self._contents, self._versions, strict=True):
+            if module._buffers.get(name) is not buffer:  # the module put another tensor in its place
+                module._buffers[name] = buffer
+            if buffer._version != version:
+                buffer.detach().copy_(content)
+
+
+class RandomState:
+    """The random state of the CPU and of the accelerators in use, to be drawn from again."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._others = {
+            device: torch.get_device_module(device).get_rng_state(device)
+            for device in devices
+            if device.type not in ("cpu", "meta")
+        }
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._others.items():
+            torch.get_device_module(device).set_rng_state(state, device)
+
+
+def copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Clones, in one list call where torch has it."""
+    if not tensors:
+        return []
+    if hasattr(torch, "_foreach_clone"):
+        clones: Sequence[Tensor] = torch._foreach_clone(tensors)
+        return clones
+    return [tensor.clone() for tensor in tensors]
