@@ -103,7 +103,8 @@ class Geometry:
             tensor(0.5000)
         """
         with torch.no_grad():
-            return torch.linalg.vector_norm(_flat(self._normalized(params, perturbations)), self.p)
+            norm: Tensor = torch.linalg.vector_norm(_flat(self._normalized(params, perturbations)), self.p)
+            return norm
 
     def maximizer(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
         """The perturbation e in the ball that maximizes <g, e>, one tensor per parameter.
@@ -137,7 +138,7 @@ class Geometry:
         with torch.no_grad():
             u = self._normalized(params, perturbations)
             projected = _project_flat(_flat(u).nan_to_num(posinf=math.inf, neginf=-math.inf), self.p, rho)
-            parts = projected.split([tensor.numel() for tensor in u.values()])
+            parts = torch.split(projected, [tensor.numel() for tensor in u.values()])
             scales = self.scales(params)
             return {name: part.view_as(u[name]) * scales[name] for name, part in zip(u, parts, strict=True)}
 
@@ -301,14 +302,14 @@ class Block:
         return scales, scaled
 
     def largest_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
-        """max |T g| and ``||T g / max |T g| ||_q``: two numbers that neither underflow nor overflow."""
+        """The largest ``|T g|`` and ``||T g / max |T g| ||_q``: two numbers that neither underflow nor overflow."""
         _, scaled = self._scaled_grads()
         largest = _nonzero(torch.stack(torch._foreach_norm(scaled, math.inf)).max())
         torch._foreach_div_(scaled, largest)
         return largest, torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled, q)), q)
 
     def perturbations(self) -> list[Tensor]:
-        """e of these tensors, fresh: ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``."""
+        """The perturbations of these tensors, fresh: ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``."""
         scales, e = self._scaled_grads()
         largest, norm = self.dual_norm.on(e[0])
         if self.q == 1:
@@ -377,7 +378,8 @@ def _norms(param: Tensor, *, keep_first: bool) -> Tensor:
         return torch.linalg.vector_norm(values, dim=dims, keepdim=True).to(param.dtype)
     largest = _nonzero(values.abs().amax(dim=dims, keepdim=True))
     squares = (values / largest).square_()
-    return (squares.sum(dim=dims, keepdim=True).sqrt_() * largest).to(param.dtype)
+    norms: Tensor = squares.sum(dim=dims, keepdim=True).sqrt_() * largest
+    return norms.to(param.dtype)
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -126,8 +126,9 @@ class ASAM:
             if self.rho == 0:
                 return _descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
-            climb = self._climb if backward is None else self._climb_through
-            loss, names, params, grads = climb(ascents, backward)
+            loss, names, params, grads = (
+                self._climb(ascents) if backward is None else self._climb_through(ascents, backward)
+            )
             after = self._random_state() if self.replay_rng else None
             with perturbed(self._model, self.geometry, names, params, grads, self.rho):
                 if before is not None:
@@ -196,27 +197,23 @@ class ASAM:
     def _random_state(self) -> RandomState:
         return RandomState({param.device for param in self._params.values()})
 
-    def _climb(
-        self, closures: Sequence[Closure], _: None
-    ) -> tuple[Tensor, list[str], list[nn.Parameter], list[Tensor]]:
+    def _climb(self, closures: Sequence[Closure]) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
         """Loss and gradient at w of the perturbed parameters alone; no ``.grad`` is touched."""
         trainable = {name: param for name, param in self._params.items() if param.requires_grad}
-        params = list(trainable.values())
-        total, grads = None, [None] * len(params)
+        losses: list[Tensor] = []
+        grads: list[Tensor | None] = [None] * len(trainable)
         for closure in closures:
             loss = _loss(closure)
-            new = list(torch.autograd.grad(loss, params, allow_unused=True)) if params else []
-            total = loss.detach() if total is None else total + loss.detach()
-            for i, grad in enumerate(new):
+            if trainable:
+                new = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
                 # not in place: autograd may hand out one buffer for two parameters
-                if grad is not None:
-                    grads[i] = grad if grads[i] is None else grads[i] + grad
-                new[i] = None
-        return total, *self._present(grads, trainable)
+                grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)]
+            losses.append(loss.detach())
+        return _total(losses), *self._present(grads, trainable)
 
     def _climb_through(
         self, closures: Sequence[Closure], backward: Callable[[Tensor], Any]
-    ) -> tuple[Tensor, list[str], list[nn.Parameter], list[Tensor]]:
+    ) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
         """The same by the user's own backward, with the gradients of earlier micro-batches set aside for the while."""
         everything = list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
         earlier = [param.grad for param in everything]
@@ -232,7 +229,7 @@ class ASAM:
 
     def _present(
         self, grads: Sequence[Tensor | None], params: Mapping[str, nn.Parameter] | None = None
-    ) -> tuple[list[str], list[nn.Parameter], list[Tensor]]:
+    ) -> tuple[list[str], list[Tensor], list[Tensor]]:
         """Names, parameters and gradients of the parameters that have a gradient."""
         params = self._params if params is None else params
         found = [(name, params[name], grad) for name, grad in zip(params, grads, strict=True) if grad is not None]
@@ -280,7 +277,7 @@ class SAM(ASAM):
 
 
 def _as_closures(argument: str, value: Closure | Sequence[Closure]) -> Sequence[Closure]:
-    closures = value if isinstance(value, list | tuple) else [value]
+    closures: Sequence[Closure] = value if isinstance(value, Sequence) else [value]
     if not closures:
         raise ValueError(f"{argument} must be a callable or a sequence of them, got an empty sequence")
     for item in closures:
@@ -307,13 +304,22 @@ def _loss(closure: Closure) -> Tensor:
 
 
 def _descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None) -> Tensor:
-    total: Tensor | None = None
+    losses = []
     for closure in closures:
         loss = _loss(closure)
         if backward is None:
-            loss.backward()
+            torch.autograd.backward(loss)
         else:
             backward(loss)
-        total = loss.detach() if total is None else total + loss.detach()
-    assert total is not None
-    return total
+        losses.append(loss.detach())
+    return _total(losses)
+
+
+def _total(losses: Sequence[Tensor]) -> Tensor:
+    return losses[0] if len(losses) == 1 else torch.stack([loss.reshape(()) for loss in losses]).sum()
+
+
+def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if grad is None or more is None:
+        return more if grad is None else grad
+    return grad + more

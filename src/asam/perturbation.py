@@ -28,7 +28,7 @@ def perturbed(
 
     ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end.
     """
-    saved: list[tuple[list[Tensor], Sequence[Tensor]]] = []
+    saved: list[tuple[list[Tensor], list[Tensor]]] = []
     buffers = _Buffers(model)
     try:
         with torch.no_grad():
@@ -61,6 +61,7 @@ class _Buffers:
         self._versions = [buffer._version for _, _, buffer in self._places]
 
     def restore(self) -> None:
+        """Bring back the tensors themselves and their contents."""
         for (module, name, buffer), content, version in zip(self._places, self._contents, self._versions, strict=True):
             if module._buffers.get(name) is not buffer:  # the module put another tensor in its place
                 module._buffers[name] = buffer
@@ -80,16 +81,14 @@ class RandomState:
         }
 
     def restore(self) -> None:
+        """Let the generators draw again what they drew from here on."""
         torch.set_rng_state(self._cpu)
         for device, state in self._others.items():
             torch.get_device_module(device).set_rng_state(state, device)
 
 
-def copies(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+def copies(tensors: list[Tensor]) -> list[Tensor]:
     """Clones, in one list call where torch has it."""
-    if not tensors:
-        return []
-    if hasattr(torch, "_foreach_clone"):
-        clones: Sequence[Tensor] = torch._foreach_clone(tensors)
-        return clones
+    if tensors and hasattr(torch, "_foreach_clone"):
+        return list(torch._foreach_clone(tensors))
     return [tensor.clone() for tensor in tensors]

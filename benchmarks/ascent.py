@@ -1,0 +1,139 @@
+"""The way to w + e and back alone, with no pass in between, given gradients of random numbers.
+
+The floor is 5 P of traffic over flat tensors of all the parameters: ``torch.dot(w, g)`` reads 2 P, as the norm must,
+and ``torch.add(w, g, out=...)`` reads 2 P and writes 1 P, as the perturbation must. In place and bit for bit, with a
+saved copy, it takes 8 P. Extra memory is the peak beyond weights and gradients; the gradients may be let go, and are
+cloned anew outside the clock. Before the rounds each variant is checked: the norm of its perturbation, computed in
+float64, and the restored weights.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_optimizer
+import torch
+from measure import clocked, median, peak_bytes, ratio, rounds_of, seconds_of
+from torch import Tensor, nn
+from workloads import Weights
+
+from asam import ASAM, SAM, Geometry
+
+Visit = Callable[[Callable[[], object]], None]
+
+RHO = 0.05
+FLOOR = "floor: dot and add, 5 P"
+
+
+class NoStep(torch.optim.Optimizer):
+    """A base optimizer that leaves the weights alone."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, options)
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
+    model = lists.model
+    params = list(model.parameters())
+    grads = [torch.randn_like(param) for param in params]
+    flat_w = torch.cat([param.detach().flatten() for param in params])
+    flat_g = torch.cat([grad.flatten() for grad in grads])
+    out, size = torch.empty_like(flat_w), flat_w.nbytes
+    asam_, sam = ASAM(model, rho=RHO), SAM(model, rho=RHO)
+    loop, foreach = (
+        pytorch_optimizer.SAM(params, NoStep, rho=RHO, adaptive=True, foreach=flag) for flag in (None, True)
+    )
+
+    def install() -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+
+    def ours(minimizer: ASAM) -> Visit:
+        def visit(there: Callable[[], object]) -> None:
+            with minimizer.perturbed():
+                there()
+
+        return visit
+
+    def peer(optimizer: pytorch_optimizer.SAM) -> Visit:
+        def visit(there: Callable[[], object]) -> None:
+            optimizer.first_step(zero_grad=True)
+            there()
+            optimizer.second_step()
+
+        return visit
+
+    # each with the geometry its perturbation must have: the peer has no stabilizer and scales biases too
+    plain = Geometry(eta=0, bias="scaled")
+    visits = {
+        "asam.ASAM": (ours(asam_), asam_.geometry),
+        "asam.SAM": (ours(sam), sam.geometry),
+        "pytorch_optimizer.SAM": (peer(loop), plain),
+        "pytorch_optimizer.SAM, foreach": (peer(foreach), plain),
+    }
+
+    def floor() -> None:
+        torch.dot(flat_w, flat_g)
+        torch.add(flat_w, flat_g, out=out)
+
+    variants = {
+        FLOOR: clocked(floor),
+        f"{FLOOR}, again": clocked(floor),
+        "copy, 2 P": clocked(lambda: out.copy_(flat_w)),
+    }
+    errors, peaks = {}, {}
+    for name, (visit, geometry) in visits.items():
+        install()
+        errors[name] = _norm_error(name, visit, geometry, model)
+
+        def all_of_it(visit: Visit = visit) -> None:
+            install()
+            visit(_nothing)
+
+        peaks[name] = peak_bytes(all_of_it) / size - 1  # the gradients themselves
+
+        def variant(visit: Visit = visit) -> float:
+            install()
+            return seconds_of(lambda: visit(_nothing))
+
+        variants[name] = variant
+    samples = rounds_of(variants, budget)
+    rows = [
+        {
+            "variant": name,
+            "milliseconds": 1e3 * median(times),
+            "x floor": ratio(times, samples[FLOOR]),
+            "extra memory / P": peaks.get(name),
+            "norm error": errors.get(name),
+        }
+        for name, times in samples.items()
+    ]
+    title = f"Ascent and restore: {lists.title}, {len(params)} tensors, {len(flat_w):,} elements"
+    return {"title": title, "rounds": len(samples[FLOOR]), "rows": rows}
+
+
+def _norm_error(name: str, visit: Visit, geometry: Geometry, model: nn.Module) -> float:
+    """``| ||T^-1 e|| / rho - 1 |``, after a check that the weights came back."""
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    before = {name: param.clone() for name, param in params.items()}
+    scales = geometry.scales(before)
+    squares: list[Tensor] = []
+
+    def look() -> None:
+        for key, param in params.items():
+            e, scale = (param - before[key]).double(), scales[key].double()
+            squares.append(torch.where(e == 0, 0, e / scale).square().sum())
+
+    visit(look)
+    if not all(torch.equal(params[key], before[key]) for key in params):
+        raise RuntimeError(f"{name} did not restore the weights")
+    error = abs(float(torch.stack(squares).sum().sqrt()) / RHO - 1)
+    if name.startswith("asam") and error > 1e-4:
+        raise RuntimeError(f"the perturbation of {name} has a norm that is off by {error:.1e}")
+    return error
+
+
+def _nothing() -> None:
+    pass

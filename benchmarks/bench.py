@@ -1,0 +1,83 @@
+"""What sharpness-aware minimization costs on the CPU, beside plain SGD and beside another implementation.
+
+    python benchmarks/bench.py [--quick] [--large] [--json PATH]
+
+Two measurements: training steps (steps.py), and ascent and restore alone (ascent.py). One thread on one core, CPU
+time, all variants once in each round, ratios within a round: medians and bootstrap 95 % intervals (measure.py). The
+row "again" is the yardstick once more: no difference smaller than its interval means anything. The other
+implementation is pytorch_optimizer's SAM with adaptive=True, as it is and with foreach=True.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from ascent import measure_ascent
+from measure import hardware, settle
+from rich.console import Console
+from rich.table import Table
+from steps import measure_steps
+from workloads import weights, workloads
+
+import asam
+
+
+def _show(console: Console, result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['title']} ({result['rounds']} rounds)", title_justify="left")
+    for key in result["rows"][0]:
+        table.add_column(key, justify="left" if key == "variant" else "right", no_wrap=True)
+    for row in result["rows"]:
+        table.add_row(*(_cell(key, value) for key, value in row.items()))
+    console.print(table)
+
+
+def _cell(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if key == "norm error":
+        return f"{value:.0e}"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time and memory of ASAM on the CPU.", allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="about 20 seconds: too short to conclude anything from")
+    parser.add_argument("--large", action="store_true", help="the parameters of GPT-2 124M too; needs 4 GB")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file as well")
+    arguments = parser.parse_args()
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: no such directory: {arguments.json.parent}")
+    settle()
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    run = {
+        "hardware": hardware(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "asam": asam.__version__,
+        "pytorch_optimizer": version("pytorch_optimizer"),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+    console.print(", ".join(f"{key}: {value}" for key, value in run.items()), highlight=False, soft_wrap=True)
+    torch.manual_seed(0)
+    budget = 1.0 if arguments.quick else 42.0
+    results = []
+    for workload in workloads():
+        results.append(measure_steps(workload, budget))
+        _show(console, results[-1])
+    for lists in weights(arguments.large):
+        results.append(measure_ascent(lists, budget))
+        _show(console, results[-1])
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**run, "tables": results}, default=asdict, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""The nearest point of the ball, in units of the weights."""
+
+import math
+
+import pytest
+import torch
+from slow_reference import assert_near, scale
+from test_geometry import RHO, mappings
+
+from asam import Geometry
+
+optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
+NORMS = [1.2, 1.5, 2, 3, 8, math.inf]
+SCHEMES = ["elementwise", "filterwise", "layerwise", "none"]
+
+
+def units(ball, params, e):
+    scales = [scale(name, w, ball.normalization, ball.eta, ball.bias) for name, w in params.items()]
+    return torch.cat([(value / s).flatten() for value, s in zip(e.values(), scales, strict=True)])
+
+
+def outside():
+    return mappings(0), {name: 3 * value for name, value in mappings(1).items()}
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("normalization", SCHEMES)
+def test_points_inside_stay(normalization, p):
+    ball = Geometry(normalization, p=p)
+    params, e = outside()
+    size = ball.norm(params, e)
+    e = {name: value * (0.9 * RHO / size) for name, value in e.items()}
+    # to and from units of the weights: two roundings
+    assert_near(ball.project(params, e, RHO), e, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("p", NORMS)
+@pytest.mark.parametrize("normalization", SCHEMES)
+def test_points_outside_come_to_the_surface_and_stay_there(normalization, p):
+    ball = Geometry(normalization, p=p)
+    params, e = outside()
+    projected = ball.project(params, e, RHO)
+    assert ball.norm(params, projected).item() == pytest.approx(RHO, rel=1e-12)
+    assert ball.norm(params, projected).item() <= RHO * (1 + 1e-14)
+    assert_near(ball.project(params, projected, RHO), projected)
+    assert all((projected[name] * e[name] >= 0).all() for name in e)
+
+
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+def test_no_point_of_the_ball_is_nearer(p):
+    ball = Geometry(p=p)
+    params, e = outside()
+    target = units(ball, params, e).abs().numpy()
+    found = optimize.minimize(
+        lambda x: ((x - target) ** 2).sum(),
+        x0=target * 0.01,
+        jac=lambda x: 2 * (x - target),
+        bounds=[(0, None)] * len(target),
+        constraints={"type": "ineq", "fun": lambda x: RHO**p - (x**p).sum(), "jac": lambda x: -p * x ** (p - 1)},
+        options={"ftol": 1e-15, "maxiter": 1000},
+        method="SLSQP",
+    )
+    ours = units(ball, params, ball.project(params, e, RHO)).abs().numpy()
+    assert found.success
+    # never farther than the best it finds, and the same point to its accuracy
+    assert ((ours - target) ** 2).sum() <= found.fun + 1e-9
+    assert abs(ours - found.x).max() < 1e-5
+
+
+@pytest.mark.parametrize("p", [1.2, 1.5, 2, 3, 8])
+def test_optimality_conditions(p):
+    # |u| - x is a positive multiple of the normal p x^(p-1) of the ball
+    ball = Geometry(p=p)
+    params, e = outside()
+    target = units(ball, params, e).abs()
+    x = units(ball, params, ball.project(params, e, RHO)).abs()
+    keep = x > 1e-9
+    multiplier = ((target - x) / (p * x ** (p - 1)))[keep]
+    assert (multiplier > 0).all()
+    torch.testing.assert_close(multiplier, multiplier[0].expand_as(multiplier), rtol=1e-5, atol=0)
+
+
+def test_closed_forms():
+    params, e = outside()
+    for p in (2, math.inf):
+        ball = Geometry(p=p)
+        u = units(ball, params, e)
+        projected = units(ball, params, ball.project(params, e, RHO))
+        expected = u * RHO / u.norm() if p == 2 else u.clamp(-RHO, RHO)
+        torch.testing.assert_close(projected, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_a_ball_of_size_zero_holds_only_zero(p):
+    params, e = outside()
+    zeros = {name: torch.zeros_like(value) for name, value in e.items()}
+    assert_near(Geometry(p=p).project(params, e, 0.0), zeros, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("p", NORMS)
+def test_what_cannot_move_is_projected_to_zero(p):
+    params, e = outside()
+    projected = Geometry(p=p, bias="fixed").project(params, e, RHO)
+    movable = [name for name in params if name != "fc.bias"]
+    alone = Geometry(p=p).project({n: params[n] for n in movable}, {n: e[n] for n in movable}, RHO)
+    assert torch.equal(projected["fc.bias"], torch.zeros(4, dtype=torch.float64))
+    assert_near({name: projected[name] for name in movable}, alone)
