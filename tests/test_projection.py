@@ -50,6 +50,8 @@ def test_points_outside_come_to_the_surface_and_stay_there(normalization, p):
 def test_no_point_of_the_ball_is_nearer(p):
     ball = Geometry(p=p)
     params, e = outside()
+    size = ball.norm(params, e)
+    e = {name: value * (4 * RHO / size) for name, value in e.items()}
     target = units(ball, params, e).abs().numpy()
     found = optimize.minimize(
         lambda x: ((x - target) ** 2).sum(),
@@ -57,7 +59,7 @@ def test_no_point_of_the_ball_is_nearer(p):
         jac=lambda x: 2 * (x - target),
         bounds=[(0, None)] * len(target),
         constraints={"type": "ineq", "fun": lambda x: RHO**p - (x**p).sum(), "jac": lambda x: -p * x ** (p - 1)},
-        options={"ftol": 1e-15, "maxiter": 1000},
+        options={"ftol": 1e-14, "maxiter": 1000},
         method="SLSQP",
     )
     ours = units(ball, params, ball.project(params, e, RHO)).abs().numpy()
@@ -105,3 +107,11 @@ def test_what_cannot_move_is_projected_to_zero(p):
     alone = Geometry(p=p).project({n: params[n] for n in movable}, {n: e[n] for n in movable}, RHO)
     assert torch.equal(projected["fc.bias"], torch.zeros(4, dtype=torch.float64))
     assert_near({name: projected[name] for name in movable}, alone)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+def test_a_non_finite_point_is_not_made_finite(p, value):
+    params, e = outside()
+    e["fc.weight"][0, 0] = value
+    assert Geometry(p=p).project(params, e, RHO)["fc.weight"][0, 0].isnan()

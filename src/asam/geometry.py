@@ -136,10 +136,14 @@ class Geometry:
         """
         check_rho(rho)
         with torch.no_grad():
-            u = self._normalized(params, perturbations)
-            projected = _project_flat(_flat(u).nan_to_num(posinf=math.inf, neginf=-math.inf), self.p, rho)
-            parts = torch.split(projected, [tensor.numel() for tensor in u.values()])
             scales = self.scales(params)
+            # where T_w is 0, the ball holds nothing but 0
+            u = {
+                name: value.where(scales[name] > 0, 0)
+                for name, value in self._normalized(params, perturbations).items()
+            }
+            projected = _project_flat(_flat(u), self.p, rho)
+            parts = torch.split(projected, [tensor.numel() for tensor in u.values()])
             return {name: part.view_as(u[name]) * scales[name] for name, part in zip(u, parts, strict=True)}
 
     def _normalized(self, params: Mapping[str, Tensor], perturbations: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -375,7 +379,7 @@ def _norms(param: Tensor, *, keep_first: bool) -> Tensor:
     dims = list(range(1 if keep_first else 0, param.ndim))
     values = param.float() if param.dtype in (torch.float16, torch.bfloat16) else param
     if param.numel() == 0:
-        return torch.linalg.vector_norm(values, dim=dims, keepdim=True).to(param.dtype)
+        return torch.zeros_like(param)
     largest = _nonzero(values.abs().amax(dim=dims, keepdim=True))
     squares = (values / largest).square_()
     norms: Tensor = squares.sum(dim=dims, keepdim=True).sqrt_() * largest
@@ -401,6 +405,8 @@ def _project_flat(u: Tensor, p: float, rho: float) -> Tensor:
         return u.clone()
     if rho == 0:
         return torch.zeros_like(u)
+    if not math.isfinite(norm):  # no bisection would end
+        return torch.full_like(u, math.nan)
     target = u.abs().double()
 
     def shrunk(multiplier: float) -> Tensor:

@@ -161,7 +161,10 @@ class ASAM:
         if self.replay_rng:
             raise RuntimeError("replay_rng=True needs both passes: call backward(closure) instead of perturbed()")
         with self._entered():
-            names, params, grads = self._present([param.grad for param in self._params.values()])
+            # a layer frozen since the last step may hold its old gradient
+            grads_at_w = [param.grad if param.requires_grad else None for param in self._params.values()]
+            names, params, grads = self._present(grads_at_w)
+            del grads_at_w
             for param in self._model.parameters():
                 param.grad = None
             with perturbed(self._model, self.geometry, names, params, grads, self.rho):

@@ -1,0 +1,212 @@
+"""Buffers move once a step, in the pass at w; random numbers are replayed where that is asked for."""
+
+import copy
+
+import pytest
+import torch
+from slow_reference import assert_same, weights
+from torch import nn
+
+from asam import ASAM, SAM, SharpnessAwareOptimizer
+
+
+class Counting(nn.Module):
+    """A buffer that changes in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.seen += x.detach().mean() + 1
+        return x
+
+
+class Rebinding(Counting):
+    """A buffer that is replaced by a new tensor."""
+
+    def forward(self, x):
+        self.seen = self.seen * 0.9 + x.detach().mean() + 1
+        return x
+
+
+class Seldom(Counting):
+    """A buffer that changes at every second call."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls % 2 == 0:
+            self.seen.add_(x.detach().mean() + 1)
+        return x
+
+
+class ThroughData(Counting):
+    """A buffer that changes behind autograd's back, as moving averages often do."""
+
+    def forward(self, x):
+        self.seen.data.mul_(0.9).add_(x.detach().mean() + 1)
+        return x
+
+
+class Late(Counting):
+    """A buffer that is None until the second call."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("late", None)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 2:
+            self.late = x.detach().mean()
+        return x
+
+
+class Shared(nn.Module):
+    """An expanded buffer, which nothing can be written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("positions", torch.arange(3.0).expand(4, 3))
+
+    def forward(self, x):
+        return x + self.positions.sum()
+
+
+LAYERS = {
+    "momentum 0.1": lambda: nn.BatchNorm1d(6, momentum=0.1),
+    "momentum None": lambda: nn.BatchNorm1d(6, momentum=None),
+    "momentum 0.0": lambda: nn.BatchNorm1d(6, momentum=0.0),
+    "momentum 1.0": lambda: nn.BatchNorm1d(6, momentum=1.0),
+    "evaluation": lambda: nn.BatchNorm1d(6).eval(),
+    "counting": Counting,
+    "rebinding": Rebinding,
+    "seldom": Seldom,
+    "through data": ThroughData,
+    "late": Late,
+    "expanded": Shared,
+}
+
+
+def by_backward(model, closure):
+    ASAM(model, rho=0.5).backward(closure)
+
+
+def by_sam(model, closure):
+    SAM(model, rho=0.5).backward(closure)
+
+
+def through_backward(model, closure):
+    ASAM(model, rho=0.5).backward(closure, backward=lambda loss: loss.backward())
+
+
+def by_perturbed(model, closure):
+    closure().backward()
+    with ASAM(model, rho=0.5).perturbed():
+        closure().backward()
+
+
+def by_optimizer(model, closure):
+    optimizer = SharpnessAwareOptimizer(ASAM(model, rho=0.5), torch.optim.SGD(model.parameters(), lr=0.0))
+
+    def full():
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        return loss
+
+    optimizer.step(full)
+
+
+@pytest.mark.parametrize("run", [by_backward, by_sam, through_backward, by_perturbed, by_optimizer])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_buffers_move_as_in_one_pass_at_w(layer, run):
+    model = nn.Sequential(nn.Linear(3, 6), LAYERS[layer](), nn.Linear(6, 1))
+    plain = copy.deepcopy(model)
+    momentum = getattr(model[1], "momentum", "no such attribute")
+    places = {name: buffer.data_ptr() for name, buffer in model.named_buffers()}
+    for _ in range(3):
+        inputs = torch.randn(8, 3)
+        if layer in ("seldom", "late"):  # the calls are counted in Python: two passes a step
+            model[1].calls = plain[1].calls = 0
+        calls = []
+
+        def closure(inputs=inputs, calls=calls):
+            calls.append(1)
+            return model(inputs).square().mean()
+
+        run(model, closure)
+        plain(inputs)
+        assert len(calls) == 2
+        assert_same(dict(model.named_buffers()), dict(plain.named_buffers()))
+    assert getattr(model[1], "momentum", "no such attribute") is momentum
+    assert model.training is plain.training
+    assert model[1].training is plain[1].training
+    if layer.startswith("momentum"):
+        assert model[1].num_batches_tracked == 3
+    if layer != "rebinding":
+        assert {name: buffer.data_ptr() for name, buffer in model.named_buffers()} == places
+
+
+class Dropping(nn.Module):
+    """Dropout whose masks can be looked at."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64))
+        self.masks = []
+
+    def forward(self):
+        kept = nn.functional.dropout(torch.ones(64), 0.5)
+        self.masks.append(kept > 0)
+        return (self.weight * kept).square().sum()
+
+
+@pytest.mark.parametrize("backward", [None, lambda loss: loss.backward()])
+def test_replay_gives_both_passes_the_same_mask(backward):
+    model = Dropping()
+    torch.manual_seed(5)
+    model()
+    after_one_pass = torch.get_rng_state()
+    torch.manual_seed(5)
+    ASAM(model, replay_rng=True).backward(model, backward=backward)
+    _, ascent, descent = model.masks
+    assert torch.equal(ascent, model.masks[0])
+    assert torch.equal(ascent, descent)
+    assert torch.equal(torch.get_rng_state(), after_one_pass)
+
+
+def test_without_replay_the_mask_is_drawn_anew():
+    model = Dropping()
+    torch.manual_seed(5)
+    model()
+    model()
+    after_two_passes = torch.get_rng_state()
+    torch.manual_seed(5)
+    ASAM(model).backward(model)
+    _, _, ascent, descent = model.masks
+    assert not torch.equal(ascent, descent)
+    assert torch.equal(torch.get_rng_state(), after_two_passes)
+
+
+def test_replay_leaves_the_generator_after_a_failure_where_one_pass_does():
+    model = Dropping()
+    before = weights(model)
+    torch.manual_seed(5)
+    model()
+    after_one_pass = torch.get_rng_state()
+    torch.manual_seed(5)
+
+    def closure():
+        loss = model()
+        if len(model.masks) == 3:
+            raise ValueError("boom")
+        return loss
+
+    with pytest.raises(ValueError, match="boom"):
+        ASAM(model, replay_rng=True).backward(closure)
+    assert torch.equal(torch.get_rng_state(), after_one_pass)
+    assert_same(weights(model), before)
