@@ -52,21 +52,24 @@ class _Buffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._places = [
-            (module, name, buffer)
-            for module in model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            (module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()
         ]
-        self._contents = copies([buffer.detach() for _, _, buffer in self._places])
-        self._versions = [buffer._version for _, _, buffer in self._places]
+        # an expanded tensor cannot be written to, neither by the module nor here
+        self._buffers = [
+            buffer.detach()
+            for _, _, buffer in self._places
+            if buffer is not None and all(buffer.stride(i) or buffer.shape[i] < 2 for i in range(buffer.ndim))
+        ]
+        self._contents = copies(self._buffers)
 
     def restore(self) -> None:
         """Bring back the tensors themselves and their contents."""
-        for (module, name, buffer), content, version in zip(self._places, self._contents, self._versions, strict=True):
+        for module, name, buffer in self._places:
             if module._buffers.get(name) is not buffer:  # the module put another tensor in its place
                 module._buffers[name] = buffer
-            if buffer._version != version:
-                buffer.detach().copy_(content)
+        # all of them: batch norm writes its running statistics without counting up their versions
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._contents)
 
 
 class RandomState:

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -79,7 +78,7 @@ def run() -> int:
         return code if isinstance(code, int) else 0
     except InputError as error:
         message = str(error)
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("asam: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except OSError as error:

@@ -92,7 +92,9 @@ def prepare(comparison: Comparison, folder: Path, *, force: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not force:
         found = _read(path) if path.exists() else None
         if found != config:
-            raise InputError(f"{folder} holds something else: choose another --out, or overwrite with --force")
+            raise InputError(
+                f"{folder} holds another comparison or other files: choose another --out, or overwrite with --force"
+            )
         if (folder / "results.json").exists():
             raise InputError(
                 f"{folder} holds this comparison, finished: choose another --out, or run again with --force"

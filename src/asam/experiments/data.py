@@ -18,7 +18,7 @@ DATASETS = ("digits", "fashion-mnist")
 # where Debian's package dataset-fashion-mnist puts the files
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # examples: training, validation, test
-SIZES = {"digits": (500, 297, 1000), "fashion-mnist": (2000, 1000, 10000)}
+SIZES = {"digits": [500, 297, 1000], "fashion-mnist": [2000, 1000, 10000]}
 CLASSES = 10
 
 

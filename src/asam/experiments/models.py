@@ -24,10 +24,11 @@ def rescale_(network: nn.Sequential, factor: float) -> None:
 
     relu(a x) = a relu(x) for a > 0, so the network computes the same function.
     """
-    relu = next(i for i, layer in enumerate(network) if isinstance(layer, nn.ReLU))
-    following = next(layer for layer in network[relu:] if isinstance(layer, nn.Linear | nn.Conv2d))
+    layers = list(network.children())
+    relu = next(i for i, layer in enumerate(layers) if isinstance(layer, nn.ReLU))
+    following = next(layer for layer in layers[relu:] if isinstance(layer, nn.Linear | nn.Conv2d))
     with torch.no_grad():
-        for param in network[relu - 1].parameters():
+        for param in layers[relu - 1].parameters():
             param.mul_(factor)
         weight: Tensor = following.weight
         weight.div_(factor)

@@ -12,7 +12,7 @@ from .statistics import mean_sd
 
 matplotlib.use("Agg")
 COLORS = {"SGD": "#64748b", "SAM": "#d97706", "ASAM": "#2563eb"}
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.spines.top": False,

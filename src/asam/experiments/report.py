@@ -37,9 +37,9 @@ tr:last-child td{border-bottom:0} .asam td{font-weight:600;color:#1d4ed8}
 
 def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table, a row a method, as text."""
-    table = []
+    table: list[tuple[str, ...]] = []
     for label, method in found["methods"].items():
-        gap = _pair(method["generalization_gap"]) if "generalization_gap" in method else "–"
+        gap = _pair(method["generalization_gap"]) if "generalization_gap" in method else "-"
         numbers = (_pair(method["test_error"]), _pair(method["train_error"]), gap)
         table.append((label, *numbers, f"{method['cost']:.3g}x", f"{method['time_per_step']:.2f}x"))
     return table

@@ -68,7 +68,7 @@ def train(run: Run) -> tuple[Outcome, dict[str, Tensor]]:
     seconds = 0.0
     for _ in range(run.epochs):
         start = time.process_time()
-        for index in torch.randperm(n, generator=batches).split(run.batch_size):
+        for index in torch.split(torch.randperm(n, generator=batches), run.batch_size):
             inputs, labels = data.train.inputs[index], data.train.labels[index]
             backward(partial(_loss, network, inputs, labels))
             optimizer.step()
@@ -84,9 +84,9 @@ def error(network: nn.Module, split: Split) -> float:
     """Percentage of examples whose label is not the network's choice, in eval mode."""
     network.eval()
     with torch.no_grad():
-        wrong = (network(split.inputs).argmax(1) != split.labels).float().mean().item()
+        wrong = int((network(split.inputs).argmax(1) != split.labels).sum())
     network.train()
-    return 100 * wrong
+    return 100 * wrong / len(split.labels)
 
 
 def _outcome(network: nn.Module, data: Data, curves: dict[str, list[float]], seconds_per_step: float) -> Outcome:
