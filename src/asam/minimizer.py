@@ -165,10 +165,14 @@ class ASAM:
             grads_at_w = [param.grad if param.requires_grad else None for param in self._params.values()]
             names, params, grads = self._present(grads_at_w)
             del grads_at_w
-            for param in self._model.parameters():
-                param.grad = None
+            self.clear_grads()
             with perturbed(self._model, self.geometry, names, params, grads, self.rho):
                 yield
+
+    def clear_grads(self) -> None:
+        """Set the gradients of the whole model to None."""
+        for param in self._model.parameters():
+            param.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """What changes during training: ``rho``. The geometry is the constructor's."""
@@ -178,8 +182,10 @@ class ASAM:
         """Take up the state of :meth:`state_dict`.
 
         Raises:
-            ValueError: the state has other keys, or its rho is not a finite number >= 0.
+            ValueError, TypeError: it is no mapping, has other keys, or its rho is not a finite number >= 0.
         """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"state_dict must be a mapping with the one key 'rho', got {type(state_dict).__name__}")
         if set(state_dict) != {"rho"}:
             raise ValueError(f"state_dict must have the one key 'rho', got {sorted(map(str, state_dict))}")
         self.rho = state_dict["rho"]

@@ -78,6 +78,9 @@ class SharpnessAwareOptimizer(Optimizer):
             )
         with torch.enable_grad():
             self.zero_grad()
+            if self.asam.rho > 0:
+                # in parameters that the base does not hold, the gradients of earlier steps would add up
+                self.asam.clear_grads()
             loss = closure()
             if self.asam.rho > 0:
                 with self.asam.perturbed():

@@ -42,6 +42,8 @@ def selected_parameters(model: nn.Module, params: Iterable[str | Tensor] | None)
         return named
     if isinstance(params, str | Tensor):
         raise TypeError(f"params must be an iterable of names or parameters, got a single {type(params).__name__}")
+    if not isinstance(params, Iterable):
+        raise TypeError(f"params must be an iterable of names or parameters, got {type(params).__name__}")
     names = {id(param): name for name, param in named.items()}
     aliases = {name: names[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}
     chosen = set()

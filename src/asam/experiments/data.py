@@ -87,7 +87,7 @@ def _idx(path: Path) -> np.ndarray:
         ) from None
     except (OSError, EOFError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    dimensions = content[3] if content[:3] == b"\0\0\x08" else 0
+    dimensions = content[3] if len(content) > 3 and content[:3] == b"\0\0\x08" else 0
     shape = np.frombuffer(content, ">u4", dimensions, 4) if len(content) > 4 + 4 * dimensions else np.zeros(0)
     values = np.frombuffer(content, np.uint8, offset=min(4 + 4 * dimensions, len(content)))
     if not dimensions or values.size != shape.prod():

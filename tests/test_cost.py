@@ -1,0 +1,207 @@
+"""What a step costs beyond its two passes: operations, synchronizations, memory."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from asam import ASAM, SAM, Geometry, SharpnessAwareOptimizer
+
+# what brings a value back to the host
+SYNCHRONIZING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(run):
+    with Operations() as mode:
+        run()
+    return mode.names
+
+
+def plain_layers():
+    return nn.Sequential(*(nn.Linear(8, 8) for _ in range(80)))
+
+
+def normalized_layers():
+    return nn.Sequential(*(layer for _ in range(40) for layer in (nn.Linear(8, 8), nn.BatchNorm1d(8))))
+
+
+def problem(layers):
+    model = layers()
+    assert len(list(model.parameters())) == 160
+    inputs = torch.randn(4, 8)
+    return model, lambda: model(inputs).square().mean()
+
+
+def ours(make, layers):
+    """The operations of ``asam.backward`` that are not those of two bare passes, in order; the number of the latter."""
+    model, closure = problem(layers)
+    asam = make(model)
+    asam.backward(closure)
+    model.zero_grad()
+    bare = operations(lambda: torch.autograd.grad(closure(), list(model.parameters())))
+    bare += operations(lambda: closure().backward())
+    model.zero_grad()
+    ascent, whole = [], Operations()
+    # inside the closures and the backward passes there is no mode of ours to count
+    with whole:
+        asam.backward(closure)
+    names = list(whole.names)
+    for name in bare:
+        if name in names:
+            names.remove(name)
+        else:
+            ascent.append(name)
+    assert not ascent
+    return names
+
+
+MAKERS = {
+    "ASAM": ASAM,
+    "ASAM p=1.5": lambda model: ASAM(model, p=1.5),
+    "ASAM p=inf": lambda model: ASAM(model, p=float("inf")),
+    "ASAM scaled": lambda model: ASAM(model, bias="scaled"),
+    "ASAM weights": lambda model: ASAM(model, bias="fixed"),
+    "SAM": SAM,
+}
+
+
+@pytest.mark.parametrize("layers", [plain_layers, normalized_layers])
+@pytest.mark.parametrize("make", MAKERS)
+def test_operations_for_160_tensors(make, layers):
+    names = ours(MAKERS[make], layers)
+    assert 0 < len(names) <= 200, len(names)
+    assert not [name for name in names if name in SYNCHRONIZING]
+
+
+@pytest.mark.parametrize("make", ["ASAM", "SAM"])
+def test_list_calls_for_160_tensors(make):
+    calls = [name for name in ours(MAKERS[make], plain_layers) if name.startswith("_foreach")]
+    assert "_foreach_copy_" in calls
+    assert len(calls) <= 16 + 1, calls
+
+
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise", "layerwise", "none"])
+@pytest.mark.parametrize("p", [1.5, 2, float("inf")])
+def test_no_value_comes_back_from_the_device(normalization, p):
+    model, closure = problem(normalized_layers)
+    asam = ASAM(model, normalization=normalization, p=p)
+    names = operations(lambda: asam.backward(closure))
+    closure().backward()
+
+    def through():
+        with asam.perturbed():
+            pass
+
+    names += operations(through)
+    names += operations(lambda: asam.backward(closure, backward=lambda loss: loss.backward()))
+    names += operations(lambda: asam.geometry.scales(dict(model.named_parameters())))
+    assert not [name for name in names if name in SYNCHRONIZING]
+
+
+def test_what_synchronizes_would_be_seen():
+    names = operations(
+        lambda: (torch.ones(()).item(), bool(torch.ones(()) > 0), torch.equal(torch.ones(2), torch.ones(2)))
+    )
+    assert set(names) >= {"_local_scalar_dense", "equal"}
+
+
+def live_bytes():
+    """The bytes of every storage that a tensor within Python's reach holds."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def wide():
+    return nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 200), nn.Linear(200, 1))
+
+
+def size_of(params):
+    return sum(param.numel() * param.element_size() for param in params)
+
+
+@pytest.mark.parametrize("limit", [2**17, 5000])
+@pytest.mark.parametrize(
+    "make",
+    [
+        ASAM,
+        SAM,
+        lambda model: ASAM(model, p=1.5),
+        lambda model: ASAM(model, normalization="filterwise"),
+        lambda model: ASAM(model, params=["0.weight"]),
+        lambda model: ASAM(model, bias="fixed"),
+    ],
+    ids=["ASAM", "SAM", "p=1.5", "filterwise", "params", "fixed"],
+)
+@pytest.mark.parametrize("way", ["backward", "through", "perturbed", "optimizer"])
+def test_extra_memory_is_one_copy_of_what_is_perturbed(way, make, limit, monkeypatch):
+    monkeypatch.setattr("asam.geometry.CPU_BLOCK", limit)
+    model = wide()
+    asam = make(model)
+    perturbed = size_of(asam._params.values())
+    inputs = torch.randn(4, 200)
+    optimizer = SharpnessAwareOptimizer(asam, torch.optim.SGD(model.parameters(), lr=0.1))
+    used = []
+
+    def closure():
+        used.append(live_bytes())
+        return model(inputs).square().mean()
+
+    def full():
+        optimizer.zero_grad()
+        loss = closure()
+        loss.backward()
+        return loss.detach()
+
+    before = live_bytes()
+    if way == "backward":
+        asam.backward(closure)
+    elif way == "through":
+        asam.backward(closure, backward=lambda loss: loss.backward())
+    elif way == "optimizer":
+        optimizer.step(full)
+    else:
+        full()
+        with asam.perturbed():
+            full()
+    at_w, at_perturbed = used
+    assert at_w == before
+    # besides the copy: the loss and two numbers that make up the norm
+    assert perturbed <= at_perturbed - at_w <= perturbed + 200
+    model.zero_grad()
+    assert live_bytes() == before
+
+
+def test_the_ascent_gradient_is_let_go_block_by_block(monkeypatch):
+    # while the weights move, gradient and copy together are one set of tensors, and one block of scratch
+    monkeypatch.setattr("asam.geometry.CPU_BLOCK", 10_000)
+    params = {str(i): torch.randn(100, 100) for i in range(10)}
+    size, used, copies = 40_000, [], []
+    grads = [torch.randn(100, 100) for _ in params]
+    before = live_bytes()
+    for block in Geometry().blocks(list(params), list(params.values()), grads, 0.1):
+        copies.append([target.clone() for target in block.targets])
+        block.move()
+        used.append(live_bytes() - before)
+        del block
+    assert grads == []
+    assert max(used) <= size + 200
+    assert used[-1] <= size + 200
