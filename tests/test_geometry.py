@@ -162,7 +162,7 @@ def test_non_finite_gradient_gives_a_non_finite_perturbation(p, value):
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("p", [1.5, 2, 3, math.inf])
 def test_half_precision_is_rounded_once(dtype, unit, p):
-    model, closure = shapes_problem()
+    model, _ = shapes_problem()
     model.to(dtype)
     names = [name for name, _ in model.named_parameters()]
     w = {name: param.double() for name, param in weights(model).items()}

@@ -89,10 +89,7 @@ def test_the_asam_authors_steps(case, official):
     name, key = case["model"], case["case"]
     model = network(name).double()
     model.load_state_dict(below(official, f"{name}/initial/"))
-    if case["algorithm"] == "SAM":
-        asam = SAM(model, rho=case["rho"])
-    else:
-        asam = ASAM(model, rho=case["rho"], eta=case["eta"])
+    asam = SAM(model, rho=case["rho"]) if case["algorithm"] == "SAM" else ASAM(model, rho=case["rho"], eta=case["eta"])
     base = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[case["optimizer"]]
     optimizer = base(model.parameters(), **case["optimizer_args"])
 

@@ -191,7 +191,7 @@ class Geometry:
 
         The norm is taken over all of them before the first is yielded. ``grads`` is emptied: a gradient is let go
         with its block, when the next one is asked for. ``targets`` are tensors of the parameters' shapes to be cut
-        the same way (the parameters themselves if None).
+        the same way (the parameters themselves if None). To be called and iterated over under ``torch.no_grad()``.
         """
         blocks = self._cut(names, params, grads, params if targets is None else targets)
         grads.clear()
@@ -213,7 +213,7 @@ class Geometry:
                 continue
             kind = self._kind(name, param)
             scale = None if kind in ("elementwise", "none") else self._scale(name, param.detach())
-            piece = _Piece(param.detach(), grad.detach(), target.detach(), scale, kind == "elementwise")
+            piece = _Piece(param, grad, target, scale, kind == "elementwise")
             groups.setdefault((param.device, param.dtype), []).extend(piece.cut(_limit(param.device)))
         return [
             Block(part, self.eta) for (device, _), pieces in groups.items() for part in _packed(pieces, _limit(device))

@@ -29,7 +29,8 @@ def perturbed(
     ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end.
     """
     saved: list[tuple[list[Tensor], list[Tensor]]] = []
-    buffers = _Buffers(model)
+    with torch.no_grad():
+        buffers = _Buffers(model)
     try:
         with torch.no_grad():
             for block in geometry.blocks(names, params, grads, rho):
@@ -56,9 +57,11 @@ class _Buffers:
         ]
         # an expanded tensor cannot be written to, neither by the module nor here
         self._buffers = [
-            buffer.detach()
+            buffer
             for _, _, buffer in self._places
-            if buffer is not None and all(buffer.stride(i) or buffer.shape[i] < 2 for i in range(buffer.ndim))
+            if buffer is not None
+            and buffer.layout == torch.strided
+            and all(buffer.stride(i) or buffer.shape[i] < 2 for i in range(buffer.ndim))
         ]
         self._contents = copies(self._buffers)
 
