@@ -23,7 +23,7 @@ def gradient_of(*arguments, before=(), **options):
     model, loss = problem()
     asam = ASAM(model)
     for closure in before:
-        asam.backward(lambda: closure(loss))
+        asam.backward(lambda c=closure: c(loss))
     value = asam.backward([lambda c=c: c(loss) for c in arguments], **{k: v(loss) for k, v in options.items()})
     return {"loss": value, **gradients(model)}
 

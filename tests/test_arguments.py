@@ -196,12 +196,16 @@ def test_nesting_is_refused(outer, inner):
         return closure()
 
     closure().backward()
-    with pytest.raises(RuntimeError, match="^the weights are perturbed already: leave"):
+
+    def run():
         if outer == "backward":
             asam.backward(nested)
         else:
             with asam.perturbed():
                 nested()
+
+    with pytest.raises(RuntimeError, match=r"^the weights are perturbed already: leave"):
+        run()
     assert_same(weights(model), before)
     asam.backward(closure)
 

@@ -8,10 +8,12 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from multiprocessing.connection import wait
@@ -129,6 +131,8 @@ def execute(comparison: Comparison, folder: Path, workers: int, done: Callable[[
                 name = futures[future]
                 outcomes[name] = future.result()
                 done(cost(missing[name]))
+        except BrokenProcessPool:
+            raise InputError("a worker process was killed (out of memory?): the same command goes on") from None
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -228,7 +232,8 @@ def _one(run: Run, path: Path) -> dict[str, Any]:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
+    """A worker whose parent was killed would wait for work for ever; Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
