@@ -201,10 +201,9 @@ def test_replay_leaves_the_generator_after_a_failure_where_one_pass_does():
     torch.manual_seed(5)
 
     def closure():
-        loss = model()
-        if len(model.masks) == 3:
+        if len(model.masks) == 2:  # before the descent has drawn anything
             raise ValueError("boom")
-        return loss
+        return model()
 
     with pytest.raises(ValueError, match="boom"):
         ASAM(model, replay_rng=True).backward(closure)

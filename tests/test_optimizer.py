@@ -87,8 +87,10 @@ def test_rho_zero_is_the_base(base):
     assert ours.calls == 5
 
 
-def test_no_gradient_from_before_is_climbed():
+@pytest.mark.parametrize("rho", [0, 0.4])
+def test_no_gradient_from_before_is_used(rho):
     clean, stale = Run(), Run()
+    clean.asam.rho = stale.asam.rho = rho
     for param in stale.model.parameters():
         param.grad = torch.randn_like(param) * 100
     assert torch.equal(stale.step(0), clean.step(0))
@@ -254,6 +256,11 @@ def test_an_optimizer_alone_is_copied_with_its_model():
     other.step(closure)
     assert_same(weights(run.model), before)
     assert not torch.equal(params[0], before["conv.weight"])
+
+
+def test_one_that_is_not_made_yet_has_no_attributes():
+    with pytest.raises(AttributeError, match="base_optimizer"):
+        _ = SharpnessAwareOptimizer.__new__(SharpnessAwareOptimizer).param_groups
 
 
 def test_step_runs_under_no_grad():

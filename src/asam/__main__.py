@@ -10,13 +10,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("asam"):
             raise
-        sys.exit(_missing(str(error.name)))
+        print(f"asam: the command line needs {error.name}: pip install 'asam[experiments]'", file=sys.stderr)
+        sys.exit(2)
     sys.exit(run())
-
-
-def _missing(name: str) -> int:
-    print(f"asam: the command line needs {name}: pip install 'asam[experiments]'", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

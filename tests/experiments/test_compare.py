@@ -87,6 +87,20 @@ def test_killed_and_started_again_does_not_repeat_finished_runs(tmp_path):
     assert not list(runs.glob("*.part"))
 
 
+def test_interrupt_ends_it_in_one_line_and_keeps_the_finished_runs(tmp_path):
+    command = [sys.executable, "-m", "asam", "compare", "--epochs", "10", "--out", str(tmp_path / "o")]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 90
+    while not list((tmp_path / "o" / "runs").glob("*.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said.splitlines()[-1].startswith("asam: interrupted")
+    assert "Traceback" not in said
+    assert 1 <= len(list((tmp_path / "o" / "runs").glob("*.json"))) < 170
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

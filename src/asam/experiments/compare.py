@@ -124,18 +124,17 @@ def execute(comparison: Comparison, folder: Path, workers: int, done: Callable[[
         else:
             missing[name] = run
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    try:
         futures = {pool.submit(_one, run, folder / "runs" / name): name for name, run in missing.items()}
-        try:
-            for future in as_completed(futures):
-                name = futures[future]
-                outcomes[name] = future.result()
-                done(cost(missing[name]))
-        except BrokenProcessPool:
-            raise InputError("a worker process was killed (out of memory?): the same command goes on") from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for future in as_completed(futures):
+            name = futures[future]
+            outcomes[name] = future.result()
+            done(cost(missing[name]))
+    except BrokenProcessPool:
+        raise InputError("a worker process was killed (out of memory?): the same command goes on") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
     return outcomes
 
 
