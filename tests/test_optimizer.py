@@ -91,11 +91,16 @@ def test_rho_zero_is_the_base(base):
 def test_no_gradient_from_before_is_used(rho):
     clean, stale = Run(), Run()
     clean.asam.rho = stale.asam.rho = rho
-    for param in stale.model.parameters():
-        param.grad = torch.randn_like(param) * 100
+
+    def spoil():
+        for param in stale.model.parameters():
+            param.grad = torch.randn_like(param) * 100
+
+    spoil()
     assert torch.equal(stale.step(0), clean.step(0))
     assert_same(weights(stale.model), weights(clean.model))
     # also when the closure leaves clearing to the optimizer
+    spoil()
     for run in (clean, stale):
         run.optimizer.step(lambda run=run: (loss := run.loss(1), loss.backward())[0])
     assert_same(weights(stale.model), weights(clean.model))

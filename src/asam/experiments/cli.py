@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from . import InputError
 
+INTERRUPTED = 130
+
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
 
@@ -75,12 +77,11 @@ def run() -> int:
     """Run the command line and return its exit code."""
     try:
         code = typer.main.get_command(app).main(prog_name="asam", standalone_mode=False)
+        if code == INTERRUPTED:  # what typer makes of Ctrl-C
+            print("asam: interrupted; the same command goes on from here", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except InputError as error:
         message = str(error)
-    except (KeyboardInterrupt, typer.Abort):
-        print("asam: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
     except OSError as error:
         message = f"{error.filename or 'the results'}: {error.strerror or error}"
     except Exception as error:
