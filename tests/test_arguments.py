@@ -130,10 +130,7 @@ def test_a_scale_that_does_not_broadcast():
 )
 def test_closures_must_be_callable(name, value, error, got):
     model, closure = shapes_problem()
-    if name == "closure":
-        arguments = {"closure": value}
-    else:
-        arguments = {"closure": closure, "ascent": value}
+    arguments = {"closure": value} if name == "closure" else {"closure": closure, "ascent": value}
     with pytest.raises(error, match=rf"^{name} must be a callable .*, got {got}"):
         ASAM(model).backward(**arguments)
 

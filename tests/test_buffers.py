@@ -209,3 +209,13 @@ def test_replay_leaves_the_generator_after_a_failure_where_one_pass_does():
         ASAM(model, replay_rng=True).backward(closure)
     assert torch.equal(torch.get_rng_state(), after_one_pass)
     assert_same(weights(model), before)
+
+
+def test_a_sparse_buffer_is_no_obstacle():
+    model = nn.Linear(3, 1)
+    model.register_buffer("graph", torch.eye(4).to_sparse())
+    before = weights(model)
+    ASAM(model).backward(lambda: torch.sparse.mm(model.graph, model(torch.ones(4, 3))).square().mean())
+    assert_same(weights(model), before)
+    assert torch.equal(model.graph.to_dense(), torch.eye(4))
+    assert model.weight.grad.norm() > 0
