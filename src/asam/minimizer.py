@@ -165,11 +165,11 @@ class ASAM:
             grads_at_w = [param.grad if param.requires_grad else None for param in self._params.values()]
             names, params, grads = self._present(grads_at_w)
             del grads_at_w
-            self.clear_grads()
+            self._clear_grads()
             with perturbed(self._model, self.geometry, names, params, grads, self.rho):
                 yield
 
-    def clear_grads(self) -> None:
+    def _clear_grads(self) -> None:
         """Set the gradients of the whole model to None."""
         for param in self._model.parameters():
             param.grad = None

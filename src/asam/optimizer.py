@@ -80,7 +80,7 @@ class SharpnessAwareOptimizer(Optimizer):
             self.zero_grad()
             if self.asam.rho > 0:
                 # in parameters that the base does not hold, the gradients of earlier steps would add up
-                self.asam.clear_grads()
+                self.asam._clear_grads()
             loss = closure()
             if self.asam.rho > 0:
                 with self.asam.perturbed():
