@@ -121,7 +121,7 @@ class Geometry:
             result = {name: torch.zeros_like(param) for name, param in params.items()}
             targets = [result[name] for name in params]
             for block in self.blocks(list(params), list(params.values()), list(grads.values()), rho, targets):
-                torch._foreach_copy_(block.targets, block.perturbations())
+                block.move()
             return result
 
     def project(
@@ -224,7 +224,7 @@ def _limit(device: torch.device) -> int:
     return CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that costs a microsecond for each of many small tensors
 class _Piece:
     """A parameter or a slice of one, with its gradient, its target and its scale (None where it is |w| + eta or 1)."""
 
@@ -286,8 +286,8 @@ class Block:
         self.targets = [piece.target for piece in pieces]
         self.half = self._params[0].dtype in (torch.float16, torch.bfloat16)
 
-    def _scaled_grads(self) -> tuple[list[Tensor], list[Tensor]]:
-        """T, without the trailing ones that are 1, and T g: fresh tensors."""
+    def _scales_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:
+        """T, without the trailing ones that are 1, and g. The elementwise T, which come first, are fresh."""
         n = self._elementwise
         params, grads, scales = self._params[:n], self._grads, self._scales
         if self.half:
@@ -297,24 +297,32 @@ class Block:
             magnitudes = list(torch._foreach_abs(params))
             if self._eta:
                 torch._foreach_add_(magnitudes, self._eta)
-        scales = magnitudes + scales
-        scaled: list[Tensor] = []
-        if scales:
-            scaled += torch._foreach_mul(grads[: len(scales)], scales)
-        if len(scales) < len(grads):
-            scaled += torch._foreach_mul(grads[len(scales) :], 1.0)
-        return scales, scaled
+        return magnitudes + scales, grads
 
     def largest_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
         """The largest ``|T g|`` and ``||T g / max |T g| ||_q``: two numbers that neither underflow nor overflow."""
-        _, scaled = self._scaled_grads()
-        largest = _nonzero(torch.stack(torch._foreach_norm(scaled, math.inf)).max())
+        scales, grads = self._scales_and_grads()
+        n, m = self._elementwise, len(scales)
+        scaled = scales[:n]
+        if n:
+            torch._foreach_mul_(scaled, grads[:n])
+        if n < m:
+            scaled += torch._foreach_mul(grads[n:m], scales[n:])
+        # max and abs, not the norm of order inf, which takes 10 times as long on the CPU
+        scaled = list(torch._foreach_abs(scaled + grads[m:]))
+        largest = _nonzero(torch.stack(torch._foreach_max(scaled)).max())
         torch._foreach_div_(scaled, largest)
         return largest, torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled, q)), q)
 
-    def perturbations(self) -> list[Tensor]:
-        """The perturbations of these tensors, fresh: ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``."""
-        scales, e = self._scaled_grads()
+    def move(self) -> None:
+        """Add the perturbation ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)`` to the targets in place, rounding once."""
+        scales, grads = self._scales_and_grads()
+        m = len(scales)
+        e: list[Tensor] = []
+        if m:
+            e += torch._foreach_mul(grads[:m], scales)
+        if m < len(grads):
+            e += torch._foreach_mul(grads[m:], 1.0)
         largest, norm = self.dual_norm.on(e[0])
         if self.q == 1:
             # sign(nan) is 0; norm is nan where any gradient is not finite, and passes that on
@@ -331,18 +339,13 @@ class Block:
                 torch._foreach_pow_(e, self.q - 1)
                 torch._foreach_mul_(e, signs)
                 torch._foreach_mul_(e, self.rho)
-        if scales:
-            torch._foreach_mul_(e[: len(scales)], scales)
-        return e
-
-    def move(self) -> None:
-        """Add the perturbation to the targets in place, rounding once."""
-        e = self.perturbations()
+        targets = [target.float() for target in self.targets] if self.half else self.targets
+        if m:
+            torch._foreach_addcmul_(targets[:m], e[:m], scales)
+        if m < len(e):
+            torch._foreach_add_(targets[m:], e[m:])
         if self.half:
-            torch._foreach_add_(e, [target.float() for target in self.targets])
-            torch._foreach_copy_(self.targets, e)
-        else:
-            torch._foreach_add_(self.targets, e)
+            torch._foreach_copy_(self.targets, targets)
 
 
 @dataclass(frozen=True)
