@@ -67,7 +67,7 @@ def main() -> None:
     }
     console.print(", ".join(f"{key}: {value}" for key, value in run.items()), highlight=False, soft_wrap=True)
     torch.manual_seed(0)
-    budget = 1.0 if arguments.quick else 42.0
+    budget = 1.0 if arguments.quick else 12.0
     results = []
     for workload in workloads():
         results.append(measure_steps(workload, budget))
