@@ -154,7 +154,7 @@ def size_of(params):
 )
 @pytest.mark.parametrize("way", ["backward", "through", "perturbed", "optimizer"])
 def test_extra_memory_is_one_copy_of_what_is_perturbed(way, make, limit, monkeypatch):
-    monkeypatch.setattr("asam.geometry.CPU_BLOCK", limit)
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", limit)
     model = wide()
     asam = make(model)
     perturbed = size_of(asam._params.values())
@@ -194,7 +194,7 @@ def test_extra_memory_is_one_copy_of_what_is_perturbed(way, make, limit, monkeyp
 @pytest.mark.usefixtures("only_new_objects")
 def test_the_ascent_gradient_is_let_go_block_by_block(monkeypatch):
     # while the weights move, gradient and copy together are one set of tensors, and one block of scratch
-    monkeypatch.setattr("asam.geometry.CPU_BLOCK", 10_000)
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", 10_000)
     params = {str(i): torch.randn(100, 100) for i in range(10)}
     size, used, copies = 40_000, [], []
     grads = [torch.randn(100, 100) for _ in params]

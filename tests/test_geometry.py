@@ -17,7 +17,7 @@ from slow_reference import (
     weights,
 )
 
-from asam import ASAM, SAM, Geometry, geometry
+from asam import ASAM, SAM, Geometry
 
 
 def rms(w):
@@ -48,7 +48,7 @@ def label(setting):
 @pytest.fixture(params=BLOCKS)
 def block(request, monkeypatch):
     """Blocks that hold everything, and blocks so small that tensors are cut."""
-    monkeypatch.setattr(geometry, "CPU_BLOCK", BLOCKS[request.param])
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", BLOCKS[request.param])
 
 
 def mappings(seed=0, dtype=torch.float64):

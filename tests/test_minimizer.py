@@ -209,7 +209,7 @@ def test_parameters_of_any_memory_layout(layout, monkeypatch):
         model.head.weight = nn.Parameter(storage[:, ::2])
     assert not all(p.is_contiguous() for p in model.parameters())
     for limit in (2**17, 7):
-        monkeypatch.setattr("asam.geometry.CPU_BLOCK", limit)
+        monkeypatch.setattr("asam.blocks.CPU_BLOCK", limit)
         e = maximizer(before, gradient(model, closure), 0.5)
         _, at_perturbed = applied(ASAM(model), model, closure)
         assert_near(at_perturbed, {name: before[name] + e[name] for name in before})

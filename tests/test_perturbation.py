@@ -8,7 +8,7 @@ from slow_reference import assert_same, gradients, shapes_problem, weights
 from torch import nn
 
 from asam import ASAM, SAM, SharpnessAwareOptimizer
-from asam.geometry import Block
+from asam.blocks import Block
 
 ERRORS = [ValueError("boom"), KeyboardInterrupt("boom"), torch.OutOfMemoryError("boom")]
 
@@ -132,7 +132,7 @@ def test_an_exception_in_the_users_backward():
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("half_moved", [False, True])
 def test_an_exception_in_the_move_itself(way, half_moved, monkeypatch):
-    monkeypatch.setattr("asam.geometry.CPU_BLOCK", 7)
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", 7)
     run, fresh = make(way), make(way)
     before, real, moves = weights(run.model), Block.move, []
 

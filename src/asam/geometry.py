@@ -8,9 +8,6 @@ and the dependence on the scale is gone. Everything here follows from that one c
     for p = 2                              e = rho T^2 g / ||Tg||_2
     for p = inf                            e = rho T sign(Tg)
 
-The work is done in blocks of tensors: many small tensors in one list call, a large one in slices that stay in the
-cache. Nothing here reads a value back from the device.
-
 Source: Kwon et al., ASAM, ICML 2021, arXiv:2102.11600.
 """
 
@@ -22,12 +19,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .blocks import Block, Piece, dual_norm, nonzero, packed
+from .projection import nearest_in_ball
+
 NORMALIZATIONS = ("elementwise", "filterwise", "layerwise", "none")
 BIASES = ("unscaled", "scaled", "fixed")
-
-# Elements in a block: what stays in a core's cache on the CPU; what bounds the scratch memory on an accelerator.
-CPU_BLOCK = 2**17
-ACCELERATOR_BLOCK = 2**24
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ class Geometry:
                 name: value.where(scales[name] > 0, 0)
                 for name, value in self._normalized(params, perturbations).items()
             }
-            projected = _project_flat(_flat(u), self.p, rho)
+            projected = nearest_in_ball(_flat(u), self.p, rho)
             parts = torch.split(projected, [tensor.numel() for tensor in u.values()])
             return {name: part.view_as(u[name]) * scales[name] for name, part in zip(u, parts, strict=True)}
 
@@ -186,7 +182,7 @@ class Geometry:
         grads: list[Tensor],
         rho: float,
         targets: Sequence[Tensor] | None = None,
-    ) -> "Iterator[Block]":
+    ) -> Iterator[Block]:
         """Cut the parameters into blocks and yield each, ready to give its part of the maximizer.
 
         The norm is taken over all of them before the first is yielded. ``grads`` is emptied: a gradient is let go
@@ -196,7 +192,7 @@ class Geometry:
         blocks = self._cut(names, params, grads, params if targets is None else targets)
         grads.clear()
         q = 1.0 if self.p == math.inf else self.p / (self.p - 1)
-        norm = _dual_norm(blocks, q)
+        norm = dual_norm(blocks, q)
         blocks.reverse()
         while blocks:
             block = blocks.pop()
@@ -206,175 +202,15 @@ class Geometry:
 
     def _cut(
         self, names: Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor], targets: Sequence[Tensor]
-    ) -> "list[Block]":
-        groups: dict[tuple[torch.device, torch.dtype], list[_Piece]] = {}
+    ) -> list[Block]:
+        pieces = []
         for name, param, grad, target in zip(names, params, grads, targets, strict=True):
             if param.numel() == 0 or not self.perturbs(name):
                 continue
             kind = self._kind(name, param)
             scale = None if kind in ("elementwise", "none") else self._scale(name, param.detach())
-            piece = _Piece(param, grad, target, scale, kind == "elementwise")
-            groups.setdefault((param.device, param.dtype), []).extend(piece.cut(_limit(param.device)))
-        return [
-            Block(part, self.eta) for (device, _), pieces in groups.items() for part in _packed(pieces, _limit(device))
-        ]
-
-
-def _limit(device: torch.device) -> int:
-    return CPU_BLOCK if device.type == "cpu" else ACCELERATOR_BLOCK
-
-
-@dataclass(slots=True)  # not frozen: that costs a microsecond for each of many small tensors
-class _Piece:
-    """A parameter or a slice of one, with its gradient, its target and its scale (None where it is |w| + eta or 1)."""
-
-    param: Tensor
-    grad: Tensor
-    target: Tensor
-    scale: Tensor | None
-    elementwise: bool
-
-    def __getitem__(self, index: int | slice) -> "_Piece":
-        scale = None if self.scale is None else self.scale[index]
-        return _Piece(self.param[index], self.grad[index], self.target[index], scale, self.elementwise)
-
-    def cut(self, limit: int) -> "Iterator[_Piece]":
-        """Slices along the first dimension, further in where a single row is larger than the limit."""
-        if self.param.numel() <= limit:
-            yield self
-            return
-        length = self.param.shape[0]
-        rows = limit * length // self.param.numel()
-        if rows == 0:
-            for row in range(length):
-                yield from self[row].cut(limit)
-        else:
-            for start in range(0, length, rows):
-                yield self[start : start + rows]
-
-
-def _packed(pieces: list[_Piece], limit: int) -> Iterator[list[_Piece]]:
-    part: list[_Piece] = []
-    size = 0
-    for piece in pieces:
-        if part and size + piece.param.numel() > limit:
-            yield part
-            part, size = [], 0
-        part.append(piece)
-        size += piece.param.numel()
-    yield part
-
-
-class Block:
-    """Tensors of one device and dtype that go through every list call together.
-
-    Half precision is computed in float32: a float16 product of a weight and a gradient would underflow.
-    """
-
-    rho: float
-    q: float
-    dual_norm: "_DualNorm"
-
-    def __init__(self, pieces: list[_Piece], eta: float) -> None:
-        # those with T = |w| + eta first, then those with a scale of their own, then those with T = 1
-        pieces = sorted(pieces, key=lambda piece: (not piece.elementwise, piece.scale is None))
-        self._elementwise = sum(piece.elementwise for piece in pieces)
-        self._params = [piece.param for piece in pieces]
-        self._grads = [piece.grad for piece in pieces]
-        self._scales = [piece.scale for piece in pieces if piece.scale is not None]
-        self._eta = eta
-        self.targets = [piece.target for piece in pieces]
-        self.half = self._params[0].dtype in (torch.float16, torch.bfloat16)
-
-    def _scales_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:
-        """T, without the trailing ones that are 1, and g. The elementwise T, which come first, are fresh."""
-        n = self._elementwise
-        params, grads, scales = self._params[:n], self._grads, self._scales
-        if self.half:
-            params, grads, scales = ([t.float() for t in tensors] for tensors in (params, grads, scales))
-        magnitudes: list[Tensor] = []
-        if n:
-            magnitudes = list(torch._foreach_abs(params))
-            if self._eta:
-                torch._foreach_add_(magnitudes, self._eta)
-        return magnitudes + scales, grads
-
-    def largest_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
-        """The largest ``|T g|`` and ``||T g / max |T g| ||_q``: two numbers that neither underflow nor overflow."""
-        scales, grads = self._scales_and_grads()
-        n, m = self._elementwise, len(scales)
-        scaled = scales[:n]
-        if n:
-            torch._foreach_mul_(scaled, grads[:n])
-        if n < m:
-            scaled += torch._foreach_mul(grads[n:m], scales[n:])
-        # max and abs, not the norm of order inf, which takes 10 times as long on the CPU
-        scaled = list(torch._foreach_abs(scaled + grads[m:]))
-        largest = _nonzero(torch.stack(torch._foreach_max(scaled)).max())
-        torch._foreach_div_(scaled, largest)
-        return largest, torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled, q)), q)
-
-    def move(self) -> None:
-        """Add the perturbation ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)`` to the targets in place, rounding once."""
-        scales, grads = self._scales_and_grads()
-        m = len(scales)
-        e: list[Tensor] = []
-        if m:
-            e += torch._foreach_mul(grads[:m], scales)
-        if m < len(grads):
-            e += torch._foreach_mul(grads[m:], 1.0)
-        largest, norm = self.dual_norm.on(e[0])
-        if self.q == 1:
-            # sign(nan) is 0; norm is nan where any gradient is not finite, and passes that on
-            e = list(torch._foreach_sign(e))
-            torch._foreach_mul_(e, self.rho * (norm * 0 + 1))
-        else:
-            torch._foreach_div_(e, largest)
-            if self.q == 2:
-                torch._foreach_mul_(e, self.rho / norm)
-            else:
-                torch._foreach_div_(e, norm)
-                signs = torch._foreach_sign(e)
-                torch._foreach_abs_(e)
-                torch._foreach_pow_(e, self.q - 1)
-                torch._foreach_mul_(e, signs)
-                torch._foreach_mul_(e, self.rho)
-        targets = [target.float() for target in self.targets] if self.half else self.targets
-        if m:
-            torch._foreach_addcmul_(targets[:m], e[:m], scales)
-        if m < len(e):
-            torch._foreach_add_(targets[m:], e[m:])
-        if self.half:
-            torch._foreach_copy_(self.targets, targets)
-
-
-@dataclass(frozen=True)
-class _DualNorm:
-    """``||T g||_q`` as the product of the largest magnitude and the norm in units of it."""
-
-    largest: Tensor
-    norm: Tensor
-
-    def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        return self.largest.to(like, non_blocking=True), self.norm.to(like, non_blocking=True)
-
-
-def _dual_norm(blocks: list[Block], q: float) -> _DualNorm:
-    if not blocks:
-        return _DualNorm(torch.ones(()), torch.ones(()))
-    parts = [block.largest_and_norm(q) for block in blocks]
-    home = parts[0][0].device
-    dtype = torch.float64 if any(part[0].dtype == torch.float64 for part in parts) else torch.float32
-    largests = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
-    norms = torch.stack([part[1].to(home, dtype, non_blocking=True) for part in parts])
-    largest = largests.max()
-    norm = torch.linalg.vector_norm(norms * (largests / largest), q)
-    # norm >= 1 unless the gradient is zero (or denormal), and then e must be 0 instead of 0 / 0
-    return _DualNorm(largest, norm.clamp(min=1e-8))
-
-
-def _nonzero(magnitude: Tensor) -> Tensor:
-    return magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
+            pieces.append(Piece(param, grad, target, scale, kind == "elementwise"))
+        return packed(pieces, self.eta)
 
 
 def _norms(param: Tensor, *, keep_first: bool) -> Tensor:
@@ -383,7 +219,7 @@ def _norms(param: Tensor, *, keep_first: bool) -> Tensor:
     values = param.float() if param.dtype in (torch.float16, torch.bfloat16) else param
     if param.numel() == 0:
         return torch.zeros_like(param)
-    largest = _nonzero(values.abs().amax(dim=dims, keepdim=True))
+    largest = nonzero(values.abs().amax(dim=dims, keepdim=True))
     squares = (values / largest).square_()
     norms: Tensor = squares.sum(dim=dims, keepdim=True).sqrt_() * largest
     return norms.to(param.dtype)
@@ -391,46 +227,6 @@ def _norms(param: Tensor, *, keep_first: bool) -> Tensor:
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-
-
-def _project_flat(u: Tensor, p: float, rho: float) -> Tensor:
-    """The nearest point to u with ``||.||_p <= rho``.
-
-    In closed form for p = 2 and inf. Otherwise by the optimality conditions, elementwise with x = |result|:
-    ``x + l p x^(p-1) = |u|`` for the one multiplier l that gives the norm rho; both are found by bisection.
-    """
-    if p == math.inf:
-        return u.clamp(-rho, rho)
-    norm = torch.linalg.vector_norm(u, p)
-    if p == 2:
-        return u * (rho / norm.clamp(min=rho)) if rho > 0 else torch.zeros_like(u)
-    if norm <= rho:
-        return u.clone()
-    if rho == 0:
-        return torch.zeros_like(u)
-    if not math.isfinite(norm):  # no bisection would end
-        return torch.full_like(u, math.nan)
-    target = u.abs().double()
-
-    def shrunk(multiplier: float) -> Tensor:
-        low, high = torch.zeros_like(target), target.clone()
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = middle + multiplier * p * middle ** (p - 1) > target
-            high = torch.where(above, middle, high)
-            low = torch.where(above, low, middle)
-        return low
-
-    low, high = 0.0, 1.0
-    while torch.linalg.vector_norm(shrunk(high), p) > rho:
-        low, high = high, high * 4
-    for _ in range(60):
-        middle = (low + high) / 2
-        if torch.linalg.vector_norm(shrunk(middle), p) > rho:
-            low = middle
-        else:
-            high = middle
-    return (shrunk(high) * u.sign()).to(u.dtype)
 
 
 def _is_bias(name: str) -> bool:

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .closures import Closure, as_closures, descend, loss_of, total
 from .geometry import Geometry, check_rho
 from .parameters import selected_parameters
 from .perturbation import RandomState, perturbed
-
-Closure = Callable[[], Tensor]
 
 
 class ASAM:
@@ -118,13 +117,13 @@ class ASAM:
 
         The weights are w again afterwards, bit for bit, also if a closure raises.
         """
-        descents = _as_closures("closure", closure)
-        ascents = descents if ascent is None else _as_closures("ascent", ascent)
+        descents = as_closures("closure", closure)
+        ascents = descents if ascent is None else as_closures("ascent", ascent)
         if backward is not None and not callable(backward):
             raise TypeError(f"backward must be a callable that takes the loss, got {type(backward).__name__}")
         with self._entered(), torch.enable_grad():
             if self.rho == 0:
-                return _descend(descents, backward)
+                return descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
             loss, names, params, grads = (
                 self._climb(ascents) if backward is None else self._climb_through(ascents, backward)
@@ -134,7 +133,7 @@ class ASAM:
                 if before is not None:
                     before.restore()
                 try:
-                    _descend(descents, backward)
+                    descend(descents, backward)
                 finally:
                     if after is not None:
                         after.restore()
@@ -212,13 +211,13 @@ class ASAM:
         losses: list[Tensor] = []
         grads: list[Tensor | None] = [None] * len(trainable)
         for closure in closures:
-            loss = _loss(closure)
+            loss = loss_of(closure)
             if trainable:
                 new = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
                 # not in place: autograd may hand out one buffer for two parameters
                 grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)]
             losses.append(loss.detach())
-        return _total(losses), *self._present(grads, trainable)
+        return total(losses), *self._present(grads, trainable)
 
     def _climb_through(
         self, closures: Sequence[Closure], backward: Callable[[Tensor], Any]
@@ -229,7 +228,7 @@ class ASAM:
         for param in everything:
             param.grad = None
         try:
-            loss = _descend(closures, backward)
+            loss = descend(closures, backward)
             grads = [param.grad for param in self._params.values()]
         finally:
             for param, grad in zip(everything, earlier, strict=True):
@@ -283,49 +282,6 @@ class SAM(ASAM):
         replay_rng: bool = False,
     ) -> None:
         super().__init__(model, rho=rho, normalization="none", p=p, bias=bias, params=params, replay_rng=replay_rng)
-
-
-def _as_closures(argument: str, value: Closure | Sequence[Closure]) -> Sequence[Closure]:
-    closures: Sequence[Closure] = value if isinstance(value, Sequence) else [value]
-    if not closures:
-        raise ValueError(f"{argument} must be a callable or a sequence of them, got an empty sequence")
-    for item in closures:
-        if not callable(item):
-            raise TypeError(
-                f"{argument} must be a callable that returns the loss, or a sequence of them, "
-                f"got {type(item).__name__}: write backward(lambda: loss_fn(model(inputs), targets))"
-            )
-    return closures
-
-
-def _loss(closure: Closure) -> Tensor:
-    loss = closure()
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"closure must return the loss, a scalar tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"closure must return a scalar tensor, got shape {tuple(loss.shape)}: take its mean or sum")
-    if not loss.requires_grad:
-        raise RuntimeError(
-            "the closure's loss has no graph: compute it from the model without torch.no_grad() or .detach(), "
-            "with a parameter that requires a gradient"
-        )
-    return loss
-
-
-def _descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None) -> Tensor:
-    losses = []
-    for closure in closures:
-        loss = _loss(closure)
-        if backward is None:
-            torch.autograd.backward(loss)
-        else:
-            backward(loss)
-        losses.append(loss.detach())
-    return _total(losses)
-
-
-def _total(losses: Sequence[Tensor]) -> Tensor:
-    return losses[0] if len(losses) == 1 else torch.stack([loss.reshape(()) for loss in losses]).sum()
 
 
 def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -1,0 +1,56 @@
+"""What the user hands over: closures that compute a loss, checked where they are run."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Closure = Callable[[], Tensor]
+
+
+def as_closures(argument: str, value: Closure | Sequence[Closure]) -> Sequence[Closure]:
+    """The closures as a sequence, or an error that names the argument."""
+    closures: Sequence[Closure] = value if isinstance(value, Sequence) else [value]
+    if not closures:
+        raise ValueError(f"{argument} must be a callable or a sequence of them, got an empty sequence")
+    for item in closures:
+        if not callable(item):
+            raise TypeError(
+                f"{argument} must be a callable that returns the loss, or a sequence of them, "
+                f"got {type(item).__name__}: write backward(lambda: loss_fn(model(inputs), targets))"
+            )
+    return closures
+
+
+def loss_of(closure: Closure) -> Tensor:
+    """The loss that a closure returns, once it is known to be a scalar with a graph."""
+    loss = closure()
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"closure must return the loss, a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"closure must return a scalar tensor, got shape {tuple(loss.shape)}: take its mean or sum")
+    if not loss.requires_grad:
+        raise RuntimeError(
+            "the closure's loss has no graph: compute it from the model without torch.no_grad() or .detach(), "
+            "with a parameter that requires a gradient"
+        )
+    return loss
+
+
+def descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None) -> Tensor:
+    """Run every closure and its backward pass, and return the sum of the losses."""
+    losses = []
+    for closure in closures:
+        loss = loss_of(closure)
+        if backward is None:
+            torch.autograd.backward(loss)
+        else:
+            backward(loss)
+        losses.append(loss.detach())
+    return total(losses)
+
+
+def total(losses: Sequence[Tensor]) -> Tensor:
+    """The sum of the losses."""
+    return losses[0] if len(losses) == 1 else torch.stack([loss.reshape(()) for loss in losses]).sum()
