@@ -14,12 +14,12 @@ Source: Kwon et al., ASAM, ICML 2021, arXiv:2102.11600.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .blocks import Block, Piece, dual_norm, nonzero, packed
+from .checks import check_choice, check_number, check_rho
 from .projection import nearest_in_ball
 
 NORMALIZATIONS = ("elementwise", "filterwise", "layerwise", "none")
@@ -72,8 +72,7 @@ class Geometry:
         check_number("eta", self.eta, "a finite number >= 0", lambda eta: 0 <= eta < math.inf)
         if not isinstance(self.bias, str):
             raise TypeError(f"bias must be a string, got {type(self.bias).__name__}")
-        if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
+        check_choice("bias", self.bias, BIASES)
 
     def perturbs(self, name: str) -> bool:
         """Whether the parameter of that name is perturbed at all."""
@@ -236,16 +235,3 @@ def _is_bias(name: str) -> bool:
 def _check_names(argument: str, params: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     if list(params) != list(given):
         raise ValueError(f"{argument} must have the names of params in their order: {list(params)}, got {list(given)}")
-
-
-def check_number(name: str, value: object, takes: str, holds: Callable[[float], bool]) -> None:
-    """Raise an error that names the argument, what it takes and what it got, unless ``holds(value)``."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
-    if not holds(float(value)):
-        raise ValueError(f"{name} must be {takes}, got {value}")
-
-
-def check_rho(rho: object) -> None:
-    """Raise unless rho, the neighborhood size, is a finite number >= 0."""
-    check_number("rho", rho, "a finite number >= 0", lambda rho: 0 <= rho < math.inf)

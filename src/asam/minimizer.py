@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import check_rho
 from .closures import Closure, as_closures, descend, loss_of, total
-from .geometry import Geometry, check_rho
+from .geometry import Geometry
 from .parameters import selected_parameters
 from .perturbation import RandomState, perturbed
 

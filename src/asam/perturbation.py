@@ -30,7 +30,7 @@ def perturbed(
     """
     saved: list[tuple[list[Tensor], list[Tensor]]] = []
     with torch.no_grad():
-        buffers = _Buffers(model)
+        buffers = Buffers(model)
     try:
         with torch.no_grad():
             for block in geometry.blocks(names, params, grads, rho):
@@ -48,7 +48,7 @@ def perturbed(
         torch.clear_autocast_cache()
 
 
-class _Buffers:
+class Buffers:
     """Every buffer of a model as it was when this was made."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -65,14 +65,18 @@ class _Buffers:
         ]
         self._contents = copies(self._buffers)
 
-    def restore(self) -> None:
-        """Bring back the tensors themselves and their contents."""
+    def restore(self, *, versions: bool = True) -> None:
+        """Bring back the tensors themselves and their contents.
+
+        Without ``versions``, autograd does not see the write: for contents that no graph can have seen otherwise.
+        """
         for module, name, buffer in self._places:
             if module._buffers.get(name) is not buffer:  # the module put another tensor in its place
                 module._buffers[name] = buffer
         # all of them: batch norm writes its running statistics without counting up their versions
         if self._buffers:
-            torch._foreach_copy_(self._buffers, self._contents)
+            buffers = self._buffers if versions else [buffer.data for buffer in self._buffers]
+            torch._foreach_copy_(buffers, self._contents)
 
 
 class RandomState:

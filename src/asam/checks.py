@@ -1,0 +1,32 @@
+"""Checks of arguments: an error names the argument, what it takes and what it got."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+
+def check_number(name: str, value: object, takes: str, holds: Callable[[float], bool]) -> None:
+    """Raise unless the value is a real number for which ``holds(value)``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
+    if not holds(float(value)):
+        raise ValueError(f"{name} must be {takes}, got {value}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise unless the value is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer >= {least}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be an integer >= {least}, got {value}")
+
+
+def check_rho(rho: object) -> None:
+    """Raise unless rho, the neighborhood size, is a finite number >= 0."""
+    check_number("rho", rho, "a finite number >= 0", lambda rho: 0 <= rho < math.inf)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise unless the value is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")

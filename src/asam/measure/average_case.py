@@ -1,0 +1,96 @@
+"""How much the loss rises around the weights on average: ``E[L(w + rho T z)] - L(w)``.
+
+z is normal or uniform on [-1, 1]. Source: Andriushchenko et al., arXiv:2302.07011.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..checks import check_choice, check_count, check_rho
+from ..geometry import Geometry
+from .draws import draw
+from .means import check_finite, mean, stderr
+from .objective import Objective
+
+NOISES = ("normal", "uniform")
+
+
+@dataclass(frozen=True)
+class AverageSharpness:
+    """An average-case sharpness: ``value`` may be negative; ``stderr`` is its standard error over the pairs."""
+
+    value: float
+    stderr: float
+    base_loss: float
+    perturbed_loss: float
+    noise_floor: float
+    rho: float
+    geometry: Geometry
+    noise: str
+    samples: int
+    examples: int
+
+
+def average_sharpness(
+    objective: Objective,
+    rho: float,
+    *,
+    geometry: Geometry,
+    samples: int = 32,
+    noise: str = "normal",
+    seed: int = 0,
+) -> AverageSharpness:
+    """The mean rise of the loss at ``w + rho T z``, z drawn in antithetic pairs z and -z.
+
+    On a quadratic it is ``rho^2 / 2 tr(T H T)`` for normal and ``rho^2 / 6 tr(T H T)`` for uniform noise. The ``p`` of
+    the geometry has no part in it.
+
+    Args:
+        objective: the loss as a function of the weights.
+        rho: the scale of the noise, >= 0.
+        geometry: gives T.
+        samples: evaluations of the loss, an even number.
+        noise: ``"normal"``, of variance 1, or ``"uniform"`` on [-1, 1].
+        seed: of the noise; sample i is the same whatever ``samples`` is.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above, or the loss at w is not finite.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).mean(), [torch.ones(4, 1)])
+        >>> abs(average_sharpness(objective, 0.1, geometry=Geometry("none")).value) < 1e-7  # no curvature
+        True
+    """
+    check_rho(rho)
+    check_count("samples", samples, 2)
+    if samples % 2:
+        raise ValueError(f"samples must be even, for antithetic pairs, got {samples}")
+    check_choice("noise", noise, NOISES)
+    with objective.evaluation() as evaluation:
+        scales = objective.flat(geometry.scales(dict(zip(objective.params, evaluation.weights, strict=True))))
+        base = evaluation.means(objective.pieces)["loss"]
+        check_finite(base)
+        pairs = []
+        for index in range(samples // 2):
+            z = draw(objective.like, seed, index, noise)
+            pair = []
+            for sign in (1, -1):
+                evaluation.move(sign * rho * scales * z)
+                pair.append(evaluation.means(objective.pieces)["loss"])
+            pairs.append(sum(pair) / 2)
+    perturbed = mean(pairs, [1] * len(pairs))
+    eps = torch.finfo(scales.dtype).eps
+    return AverageSharpness(
+        value=perturbed - base,
+        stderr=stderr(pairs, [1] * len(pairs)),
+        base_loss=base,
+        perturbed_loss=perturbed,
+        noise_floor=eps * max(abs(base), abs(perturbed)),
+        rho=float(rho),
+        geometry=geometry,
+        noise=noise,
+        samples=samples,
+        examples=objective.examples,
+    )

@@ -1,0 +1,27 @@
+"""Random draws that do not depend on how many of them are taken."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def generator_of(seed: int, index: int) -> torch.Generator:
+    """A generator for one sample of a seed."""
+    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def draw(like: Tensor, seed: int, index: int, noise: str) -> Tensor:
+    """Noise of the shape, dtype and device of ``like``: "normal", "uniform" on [-1, 1], or "signs".
+
+    The numbers are the same in every dtype, up to rounding.
+    """
+    generator = generator_of(seed, index)
+    if noise == "normal":
+        z = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    elif noise == "uniform":
+        z = torch.rand(like.shape, generator=generator, dtype=torch.float64) * 2 - 1
+    else:
+        z = torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1
+    return z.to(like)

@@ -1,0 +1,184 @@
+"""Evaluate a model at w + e, again and again, and leave no trace."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..perturbation import Buffers, RandomState, copies
+from .batches import Piece
+
+
+class Evaluation:
+    """A context in which a model may be moved and evaluated; at its end everything is as it was.
+
+    Weights come back by copying. They are written through ``.data``, which autograd's version counters do not see:
+    a graph of the user's that is alive outside stays valid, since the weights it saved are back before it is used.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: Callable[[nn.Module, Any], Any], params: list[nn.Parameter], batchnorm: str
+    ) -> None:
+        self._model, self._loss_fn, self._params, self._batchnorm = model, loss_fn, params, batchnorm
+
+    def __enter__(self) -> Self:
+        model = self._model
+        devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+        modes = [(module, module.training) for module in model.modules()]
+        with ExitStack() as stack:
+            # it restores the grad mode too, so it must not be entered under no_grad
+            stack.enter_context(torch.inference_mode(False))
+            with torch.no_grad():
+                self._buffers = self._between = Buffers(model)
+                self.weights = copies([param.detach() for param in self._params])
+            stack.callback(_set_modes, modes)
+            stack.callback(RandomState(devices).restore)
+            stack.callback(self._restore)
+            _exact_arithmetic(stack, model, {device.type for device in devices} | {"cpu"})
+            # the attribute, not eval(): some models merge weights there
+            _set_modes(
+                [
+                    (module, self._batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm))
+                    for module, _ in modes
+                ]
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def move(self, perturbation: Tensor | None) -> None:
+        """Bring the model to w + e, with e one vector of all parameters; None: to w itself."""
+        with torch.no_grad():
+            if perturbation is None:
+                torch._foreach_copy_([param.data for param in self._params], self.weights)
+                return
+            parts = torch.split(perturbation, [weight.numel() for weight in self.weights])
+            for param, weight, part in zip(self._params, self.weights, parts, strict=True):
+                torch.add(weight, part.view_as(weight).to(weight.device), out=param.data)
+
+    def put(self, state: Mapping[str, Tensor]) -> None:
+        """Give parameters and buffers these values, by their names in the state dict."""
+        with torch.no_grad():
+            tensors = self._model.state_dict(keep_vars=True)
+            for name, value in state.items():
+                tensors[name].data.copy_(value)
+            self._between = Buffers(self._model)
+
+    def means(self, pieces: Sequence[Piece]) -> dict[str, float]:
+        """The mean loss and the other means over the pieces, weighted by examples, summed in float64."""
+        totals: dict[str, Any] = {}
+        with torch.no_grad():
+            for piece in pieces:
+                loss, others = self._call(piece)
+                for name, value in {"loss": loss, **others}.items():
+                    value = value.detach().double() if isinstance(value, Tensor) else float(value)
+                    totals[name] = totals.get(name, 0.0) + value * piece.size
+                self._restore_buffers()
+        examples = sum(piece.size for piece in pieces)
+        return {name: float(total) / examples for name, total in totals.items()}
+
+    def loss_and_gradient(self, pieces: Sequence[Piece], *, require_use: bool = False) -> tuple[float, Tensor]:
+        """The mean loss over the pieces and its gradient, one vector of all parameters."""
+        examples = sum(piece.size for piece in pieces)
+        total: Any = 0.0
+        gradient: list[Tensor] = []
+        for piece in pieces:
+            with torch.enable_grad():
+                loss, _ = self._call(piece)
+                grads = torch.autograd.grad(loss, self._params, allow_unused=True)
+            if require_use and all(grad is None for grad in grads):
+                raise ValueError("the loss depends on none of the parameters: loss_fn must use the model it is given")
+            total = total + loss.detach().double() * piece.size
+            _accumulate(gradient, grads, self._params, piece.size / examples)
+            self._restore_buffers()
+        return float(total) / examples, _joined(gradient)
+
+    def hessian_product(self, pieces: Sequence[Piece], vectors: Tensor) -> Tensor:
+        """H v for every row v of ``vectors`` (k, n): a graph of the gradient per piece, used k times."""
+        examples = sum(piece.size for piece in pieces)
+        products: list[list[Tensor]] = [[] for _ in vectors]
+        sizes = [param.numel() for param in self._params]
+        rows = [
+            [part.view_as(param).to(param) for part, param in zip(torch.split(v, sizes), self._params, strict=True)]
+            for v in vectors
+        ]
+        # fused attention has no double backward
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            for piece in pieces:
+                loss, _ = self._call(piece)
+                grads = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
+                for product, row in zip(products, rows, strict=True):
+                    used = [(g, v) for g, v in zip(grads, row, strict=True) if g is not None and g.requires_grad]
+                    if used:
+                        outputs, weights = zip(*used, strict=True)
+                        second: tuple[Tensor | None, ...] = torch.autograd.grad(
+                            outputs, self._params, weights, retain_graph=True, allow_unused=True
+                        )
+                    else:  # the loss is linear in the parameters
+                        second = (None,) * len(self._params)
+                    _accumulate(product, second, self._params, piece.size / examples)
+                self._restore_buffers()
+        return torch.stack([_joined(product) for product in products])
+
+    def _call(self, piece: Piece) -> tuple[Tensor, dict[str, Any]]:
+        result = self._loss_fn(self._model, piece.batch)
+        loss, others = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"loss_fn must return the mean loss of the batch, a real scalar tensor, got {got}")
+        if torch.is_grad_enabled() and not loss.requires_grad:
+            raise ValueError("the loss has no gradient: loss_fn must not detach it or run under torch.no_grad()")
+        return loss.reshape(()), dict(others)
+
+    def _restore(self) -> None:
+        self.move(None)
+        with torch.no_grad():
+            self._buffers.restore(versions=False)
+
+    def _restore_buffers(self) -> None:
+        with torch.no_grad():
+            self._between.restore(versions=False)
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        module.training = training
+
+
+def _exact_arithmetic(stack: ExitStack, model: nn.Module, device_types: set[str]) -> None:
+    """Autocast, TF32 and the fused inference path of attention off, until the stack is closed."""
+    for device_type in device_types - {"meta"}:
+        stack.enter_context(torch.autocast(device_type, enabled=False))
+    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision("highest")
+    stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+    torch.backends.mha.set_fastpath_enabled(False)
+    if "cuda" in device_types:
+        # cuDNN's recurrent layers have no backward pass in eval mode, and none twice
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False))
+
+
+def _accumulate(total: list[Tensor], grads: Sequence[Tensor | None], params: Sequence[Tensor], weight: float) -> None:
+    with torch.no_grad():
+        for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            part = torch.zeros_like(param, dtype=dtype) if grad is None else grad.detach().to(dtype)
+            if part.layout != torch.strided:
+                part = part.to_dense()
+            if i < len(total):
+                total[i].add_(part, alpha=weight)
+            else:
+                total.append(part * weight)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    dtype = torch.float32
+    for part in parts:
+        dtype = torch.promote_types(dtype, part.dtype)
+    return torch.cat([part.reshape(-1).to(parts[0].device, dtype) for part in parts])

@@ -1,0 +1,76 @@
+"""The Hessian of the loss as an operator: products with vectors, by double backward.
+
+With a geometry it is T H T, the Hessian in units of the weights: u'THTu is the curvature along e = T u, and for a ReLU
+network, with eta = 0 and biases scaled, it does not change when the network is rescaled.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..geometry import Geometry
+from .objective import Objective
+
+
+class HessianOperator:
+    """A symmetric matrix over all parameters, given by its products.
+
+    Attributes:
+        shape: (k, k), k the number of elements of the parameters.
+        scales: the diagonal T of a geometry, a vector; None without one.
+    """
+
+    def __init__(self, objective: Objective, geometry: Geometry | None = None) -> None:
+        self.objective = objective
+        k = objective.like.numel()
+        self.shape = (k, k)
+        self.dtype, self.device = objective.like.dtype, objective.like.device
+        self.scales: Tensor | None = None
+        if geometry is not None:
+            self.scales = objective.flat(geometry.scales({n: p.detach() for n, p in objective.params.items()}))
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """The product with a vector (k,), or with every column of a matrix (k, n) in one pass over the data."""
+        vectors = vector.reshape(self.shape[0], -1).T.to(self.device, self.dtype)
+        if self.scales is not None:
+            vectors = vectors * self.scales
+        with self.objective.evaluation() as evaluation:
+            products = evaluation.hessian_product(self.objective.pieces, vectors)
+        if self.scales is not None:
+            products = products * self.scales
+        return products.T.reshape(vector.shape)
+
+    def __matmul__(self, vector: Tensor) -> Tensor:
+        return self.matvec(vector)
+
+    def as_scipy(self) -> Any:
+        """The operator as a `scipy.sparse.linalg.LinearOperator` on NumPy arrays.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 1, bias=False)
+            >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.tensor([[1.0, 2.0]])])
+            >>> hessian(objective).as_scipy() @ [1.0, 0.0]  # the Hessian is 2 x x'
+            array([2., 4.], dtype=float32)
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        def product(array: Any) -> Any:
+            return self.matvec(torch.as_tensor(array, dtype=self.dtype, device=self.device)).cpu().numpy()
+
+        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=numpy_dtype)
+
+
+def hessian(objective: Objective, *, geometry: Geometry | None = None) -> HessianOperator:
+    """The Hessian H of the mean loss at the model's weights, or T H T with a geometry.
+
+    T is that of the weights now; the products are taken at the weights of the time of the product.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.tensor([[1.0, 2.0]])])
+        >>> hessian(objective) @ torch.tensor([1.0, 0.0])
+        tensor([2., 4.])
+    """
+    return HessianOperator(objective, geometry)

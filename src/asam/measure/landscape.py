@@ -1,0 +1,253 @@
+"""The loss along lines and over planes through the weights.
+
+A random direction is scaled filter by filter to the norms of the weights (Li et al., 2018, arXiv:1712.09913), so that
+networks of different scale can be compared. Every point is computed from the weights themselves, w + a d1 + b d2; the
+grid contains 0, where the loss is that of w exactly; nan and inf stay in the data.
+"""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_count
+from ..geometry import Geometry
+from .draws import draw
+from .objective import Objective
+
+Direction = Mapping[str, Tensor] | Tensor
+
+
+@dataclass(frozen=True)
+class LossLine:
+    """Means along a line: ``values["loss"][i]`` is the loss at ``positions[i]``."""
+
+    positions: Tensor
+    values: dict[str, Tensor]
+
+    def save(self, path: str | Path) -> None:
+        """Write the line as an npz file of ``positions`` and one array per mean."""
+        _save(path, {"positions": self.positions}, self.values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote."""
+        (positions,), values = _load(path, ("positions",))
+        return cls(positions, values)
+
+
+@dataclass(frozen=True)
+class LossPlane:
+    """Means over a plane: ``values["loss"][i, j]`` is the loss at ``(x[i], y[j])``."""
+
+    x: Tensor
+    y: Tensor
+    values: dict[str, Tensor]
+
+    def save(self, path: str | Path) -> None:
+        """Write the plane as an npz file of ``x``, ``y`` and one array per mean."""
+        _save(path, {"x": self.x, "y": self.y}, self.values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote."""
+        (x, y), values = _load(path, ("x", "y"))
+        return cls(x, y, values)
+
+
+def random_direction(objective: Objective, *, seed: int = 0) -> dict[str, Tensor]:
+    """A random direction, filter-normalized: each of its filters has the norm of the weights' filter.
+
+    A filter is what one output needs: a row of a linear layer, an output channel of a convolution. Parameters of fewer
+    than two dimensions (biases, normalization) stay where they are.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> direction = random_direction(Objective(model, lambda model, x: model(x).mean(), [torch.ones(1, 2)]))
+        >>> torch.allclose(direction["weight"].norm(), model.weight.norm()), direction["bias"].item()
+        (True, 0.0)
+    """
+    z = objective.named(draw(objective.like, seed, 0, "normal"))
+    filters = Geometry("filterwise", eta=0, bias="fixed")
+    weights = {name: param.detach() for name, param in objective.params.items()}
+    norms, own = filters.scales(weights), filters.scales(z)
+    return {
+        name: z[name] * norms[name] / own[name] if param.ndim >= 2 else torch.zeros_like(z[name])
+        for name, param in weights.items()
+    }
+
+
+def between(objective: Objective, other: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The direction from the weights to those of another model (or its state dict): there at position 1.
+
+    Raises:
+        ValueError: the other lacks a parameter or has it in another shape.
+
+    Example:
+        >>> model, other = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> direction = between(Objective(model, lambda model, x: model(x).mean(), [torch.ones(1, 2)]), other)
+        >>> torch.allclose(model.weight + direction["weight"], other.weight)
+        True
+    """
+    state = _state(other)
+    with torch.no_grad():
+        return {name: _entry(state, name, param) - param for name, param in objective.params.items()}
+
+
+def loss_line(
+    objective: Objective, direction: Direction, *, span: tuple[float, float] = (-1.0, 1.0), points: int = 51
+) -> LossLine:
+    """The loss along a line through the weights.
+
+    Args:
+        objective: the loss as a function of the weights.
+        direction: a tensor per parameter, such as `random_direction`, `between` or ``objective.gradient()``, or one
+            vector of all, such as an eigenvector; parameters that are not named stay where they are.
+        span: the first and the last position, ``w + position * direction``; 0 lies between them.
+        points: of the grid, evenly spaced; 0 is put in if it is not one of them.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above.
+
+    Example:
+        >>> model = nn.Linear(1, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.ones(1, 1)])
+        >>> line = loss_line(objective, {"weight": -model.weight.detach()}, span=(0, 2), points=3)
+        >>> line.positions.tolist(), bool(line.values["loss"][1] == 0)  # w - w = 0
+        ([0.0, 1.0, 2.0], True)
+    """
+    positions = _grid("span", span, points)
+    d = objective.flat(direction)
+    with objective.evaluation() as evaluation:
+        means = []
+        for position in positions.tolist():
+            evaluation.move(position * d)
+            means.append(evaluation.means(objective.pieces))
+    return LossLine(positions, _stacked(means))
+
+
+def loss_plane(
+    objective: Objective,
+    x_direction: Direction,
+    y_direction: Direction,
+    *,
+    x_span: tuple[float, float] = (-1.0, 1.0),
+    y_span: tuple[float, float] = (-1.0, 1.0),
+    points: int = 25,
+) -> LossPlane:
+    """The loss over a plane through the weights, at ``w + x * x_direction + y * y_direction``.
+
+    The arguments are those of `loss_line`, for each axis; ``points`` is that of one axis.
+
+    Example:
+        >>> model = nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.ones(1, 2)])
+        >>> x, y = random_direction(objective, seed=0), random_direction(objective, seed=1)
+        >>> loss_plane(objective, x, y, points=3).values["loss"].shape
+        torch.Size([3, 3])
+    """
+    x, y = _grid("x_span", x_span, points), _grid("y_span", y_span, points)
+    dx, dy = objective.flat(x_direction), objective.flat(y_direction)
+    with objective.evaluation() as evaluation:
+        means = []
+        for a in x.tolist():
+            for b in y.tolist():
+                evaluation.move(a * dx + b * dy)
+                means.append(evaluation.means(objective.pieces))
+    return LossPlane(x, y, {name: v.view(len(x), len(y)) for name, v in _stacked(means).items()})
+
+
+def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *, points: int = 25) -> LossLine:
+    """The loss on the straight way from the model, at 0, to another of the same architecture, at 1.
+
+    Floating-point buffers, such as the running statistics of batch norm, are interpolated too, so both ends have
+    exactly the losses of the two models. In between, the statistics of batch norm are not those of the network there:
+    with ``batchnorm="train"`` the objective takes them from its batches.
+
+    Raises:
+        ValueError: the other is of another architecture, or differs in a parameter that is not measured.
+
+    Example:
+        >>> model, other = nn.Linear(1, 1), nn.Linear(1, 1)
+        >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.ones(1, 1)])
+        >>> line = interpolate(objective, other, points=3)
+        >>> line.positions.tolist(), bool(line.values["loss"][0] == objective.loss())
+        ([0.0, 0.5, 1.0], True)
+    """
+    check_count("points", points, 2)
+    end = _state(other)
+    for name, param in objective.model.named_parameters():
+        if name not in objective.params and not torch.equal(_entry(end, name, param), param):
+            raise ValueError(f"the models differ in {name!r}, which is not one of the parameters that are measured")
+    start = {name: value.clone() for name, value in _state(objective.model).items()}
+    end = {name: _entry(end, name, value) for name, value in start.items() if value.is_floating_point()}
+    positions = torch.linspace(0, 1, points, dtype=torch.float64)
+    with objective.evaluation() as evaluation:
+        means = []
+        for t in positions.tolist():
+            evaluation.put({name: _mixed(start[name], value, t) for name, value in end.items()})
+            means.append(evaluation.means(objective.pieces))
+    return LossLine(positions, _stacked(means))
+
+
+def _mixed(start: Tensor, end: Tensor, t: float) -> Tensor:
+    """Both ends exactly: a + (b - a) is not b in floating point."""
+    return start if t == 0 else end if t == 1 else start + t * (end - start)
+
+
+def _state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _entry(state: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    if name not in state:
+        raise ValueError(f"the other model has no {name!r}")
+    if state[name].shape != like.shape:
+        raise ValueError(f"{name!r} has shape {tuple(like.shape)}, in the other model {tuple(state[name].shape)}")
+    return state[name].detach().to(like)
+
+
+def _grid(name: str, span: tuple[float, float], points: int) -> Tensor:
+    check_count("points", points, 2)
+    low, high = span
+    if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
+        raise ValueError(f"{name} must be two finite numbers with 0 between them, the smaller one first, got {span}")
+    grid = low + (high - low) * torch.arange(points, dtype=torch.float64) / (points - 1)
+    grid[-1] = high
+    grid[grid.abs() < 1e-9 * (high - low)] = 0.0
+    return grid if (grid == 0).any() else torch.cat([grid, grid.new_zeros(1)]).sort().values
+
+
+def _stacked(means: list[dict[str, float]]) -> dict[str, Tensor]:
+    return {name: torch.tensor([mean[name] for mean in means], dtype=torch.float64) for name in means[0]}
+
+
+def _save(path: str | Path, axes: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    import numpy as np
+
+    reserved = set(axes) & set(values)
+    if reserved:
+        raise ValueError(f"a mean may not be called {sorted(reserved)[0]!r}")
+    path = Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in {**axes, **values}.items()}
+    with unfinished.open("wb") as file:
+        np.savez(file, **arrays)
+    os.replace(unfinished, path)
+
+
+def _load(path: str | Path, axes: tuple[str, ...]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = [name for name in axes if name not in arrays]
+        if missing:
+            raise ValueError(f"{path} has no array {missing[0]!r}")
+        found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    return [found.pop(name) for name in axes], found

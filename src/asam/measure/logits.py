@@ -1,0 +1,19 @@
+"""Logits of a scale of their own taken away."""
+
+import torch
+from torch import Tensor
+
+
+def normalized_logits(logits: Tensor) -> Tensor:
+    """Logits (..., classes) centered and divided by their standard deviation over the classes, for each example.
+
+    Multiplying the logits changes every sharpness and no prediction. To compare networks, put this between the network
+    and the cross entropy. Source: Andriushchenko et al., arXiv:2302.07011.
+
+    Example:
+        >>> normalized_logits(torch.tensor([[3.0, 5.0]])), normalized_logits(torch.tensor([[30.0, 50.0]]))
+        (tensor([[-1.,  1.]]), tensor([[-1.,  1.]]))
+    """
+    centered = logits - logits.mean(dim=-1, keepdim=True)
+    deviation = centered.square().mean(dim=-1, keepdim=True).sqrt()
+    return centered / deviation.clamp(min=torch.finfo(logits.dtype).tiny)

@@ -1,0 +1,24 @@
+"""Means over batches, weighted by their sizes."""
+
+import math
+from collections.abc import Sequence
+
+
+def mean(values: Sequence[float], sizes: Sequence[int]) -> float:
+    """The mean, weighted by sizes."""
+    return math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+
+
+def stderr(values: Sequence[float], sizes: Sequence[int]) -> float:
+    """Standard error of a mean weighted by sizes."""
+    n, center, total = len(values), mean(values, sizes), sum(sizes)
+    if n < 2:
+        return math.nan
+    squares = math.fsum((size / total * (value - center)) ** 2 for value, size in zip(values, sizes, strict=True))
+    return math.sqrt(squares * n / (n - 1))
+
+
+def check_finite(loss: float) -> None:
+    """Raise unless the loss at the weights themselves is finite."""
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss at the weights themselves is {loss}: there is nothing to compare with")

@@ -1,0 +1,155 @@
+"""The function that is measured: the mean loss over fixed data, as a function of the weights."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_choice
+from ..parameters import selected_parameters
+from .batches import pieces_of
+from .evaluation import Evaluation
+
+BATCHNORM = ("eval", "train")
+
+
+class Objective:
+    """The mean loss of a model over fixed data, as a function of the weights.
+
+    Batches are weighted by their number of examples (the length of the first tensor found in them), so the loss does
+    not depend on how the data is cut. The model is evaluated in eval mode, with autocast and TF32 off. No measurement
+    changes the model, its buffers, gradients or mode, or the random state, also when it fails. The weights are those
+    that the model has at the time of each measurement.
+
+    Args:
+        model: the network.
+        loss_fn: ``loss_fn(model, batch)`` returns the mean loss of the batch, a scalar tensor, or a pair of it and a
+            dict of other means over the batch, such as ``{"error": ...}``.
+        data: an iterable of batches; it is read once and kept. A measurement costs many passes over it: about a
+            thousand examples are usually enough.
+        params: the parameters to perturb, as tensors or names; None: all that require a gradient.
+        batchnorm: ``"eval"`` for running statistics, ``"train"`` for those of the batches as they are given.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above, or the loss is not the same twice for the same
+            data, not a scalar, or does not depend on the parameters.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> data = [(torch.ones(3, 2), torch.ones(3, 1)), (torch.zeros(1, 2), torch.ones(1, 1))]
+        >>> mse = lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])
+        >>> objective = Objective(model, mse, data)
+        >>> objective.examples, list(objective.params)
+        (4, ['weight', 'bias'])
+        >>> torch.nn.init.zeros_(model.weight), torch.nn.init.zeros_(model.bias)
+        (Parameter containing:
+        tensor([[0., 0.]], requires_grad=True), Parameter containing:
+        tensor([0.], requires_grad=True))
+        >>> objective.loss()
+        1.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[nn.Module, Any], Tensor | tuple[Tensor, Mapping[str, Tensor | float]]],
+        data: Iterable[Any],
+        *,
+        params: Iterable[str | Tensor] | None = None,
+        batchnorm: str = "eval",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of a model and a batch, got {type(loss_fn).__name__}")
+        check_choice("batchnorm", batchnorm, BATCHNORM)
+        self.model = model
+        self.loss_fn = loss_fn
+        self.batchnorm = batchnorm
+        self.pieces = pieces_of(data)
+        self.examples = sum(piece.size for piece in self.pieces)
+        chosen = selected_parameters(model, params)
+        frozen = [name for name, param in chosen.items() if not param.requires_grad]
+        if params is not None and frozen:
+            raise ValueError(f"params holds {frozen[0]!r}, which does not require a gradient")
+        self.params = {name: param for name, param in chosen.items() if param.requires_grad}
+        if not self.params:
+            raise ValueError("no parameter of the model requires a gradient: there is nothing to perturb")
+        for name, param in self.params.items():
+            if not param.is_floating_point():
+                raise TypeError(f"parameter {name!r} has dtype {param.dtype}: only real floating point is supported")
+        self._check()
+
+    def loss(self, perturbation: Mapping[str, Tensor] | Tensor | None = None) -> float:
+        """The mean loss at the weights, or at the weights plus a perturbation."""
+        return self.means(perturbation)["loss"]
+
+    def means(self, perturbation: Mapping[str, Tensor] | Tensor | None = None) -> dict[str, float]:
+        """The mean loss under ``"loss"`` and every other mean that ``loss_fn`` returns."""
+        with self.evaluation() as evaluation:
+            evaluation.move(None if perturbation is None else self.flat(perturbation))
+            return evaluation.means(self.pieces)
+
+    def gradient(self, perturbation: Mapping[str, Tensor] | Tensor | None = None) -> dict[str, Tensor]:
+        """The gradient of the mean loss, one tensor per parameter; 0 for a parameter that the loss does not use."""
+        with self.evaluation() as evaluation:
+            evaluation.move(None if perturbation is None else self.flat(perturbation))
+            return self.named(evaluation.loss_and_gradient(self.pieces)[1])
+
+    def evaluation(self) -> Evaluation:
+        """A context in which the model may be moved and evaluated; at its end everything is as it was."""
+        return Evaluation(self.model, self.loss_fn, list(self.params.values()), self.batchnorm)
+
+    def flat(self, tensors: Mapping[str, Tensor] | Tensor) -> Tensor:
+        """One vector of all parameters in their order, from a tensor per parameter (a vector is returned as it is).
+
+        Parameters that are not named are 0. The vector has the highest precision among the parameters, at least
+        float32.
+        """
+        dtype, device = self.like.dtype, self.like.device
+        if isinstance(tensors, Tensor):
+            if tensors.shape != self.like.shape:
+                raise ValueError(
+                    f"a vector over the parameters must have shape {tuple(self.like.shape)}, got {tuple(tensors.shape)}"
+                )
+            return tensors.to(device, dtype)
+        for name, tensor in tensors.items():
+            if name not in self.params:
+                raise ValueError(f"{name!r} is not one of the parameters that are measured")
+            if tensor.shape != self.params[name].shape:
+                raise ValueError(
+                    f"{name!r} must have shape {tuple(self.params[name].shape)}, got {tuple(tensor.shape)}"
+                )
+        parts = [
+            tensors[name].detach().reshape(-1).to(device, dtype) if name in tensors else self.like.new_zeros(p.numel())
+            for name, p in self.params.items()
+        ]
+        return torch.cat(parts)
+
+    def named(self, vector: Tensor) -> dict[str, Tensor]:
+        """A tensor per parameter, of its shape, from one vector of all (views of it)."""
+        parts = torch.split(vector, [param.numel() for param in self.params.values()])
+        return {name: part.view_as(param) for part, (name, param) in zip(parts, self.params.items(), strict=True)}
+
+    @property
+    def like(self) -> Tensor:
+        """A vector of all parameters without memory of its own, for its shape, dtype and device."""
+        params = list(self.params.values())
+        dtype = torch.float32
+        for param in params:
+            dtype = torch.promote_types(dtype, param.dtype)
+        return torch.zeros((), dtype=dtype, device=params[0].device).expand(sum(param.numel() for param in params))
+
+    def _check(self) -> None:
+        with self.evaluation() as evaluation:
+            _, gradient = evaluation.loss_and_gradient(self.pieces[:1], require_use=True)
+            eps = torch.finfo(gradient.dtype).eps
+            first = [evaluation.means([piece])["loss"] for piece in self.pieces]
+            again = [evaluation.means([piece])["loss"] for piece in reversed(self.pieces)]
+        for one, two in zip(first, reversed(again), strict=True):
+            if one != two and not abs(one - two) <= 100 * eps * max(abs(one), abs(two)) and one == one:
+                raise ValueError(
+                    f"the loss is not deterministic: the same batch gave {one:.9g}, then {two:.9g}; switch off "
+                    "dropout, augmentation and sampling in loss_fn"
+                )

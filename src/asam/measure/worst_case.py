@@ -1,0 +1,259 @@
+"""How much the loss rises around the weights in the worst case.
+
+    worst case    S(rho) = max over ||T^-1 e||_p <= rho of L(w + e) - L(w)
+    m-sharpness   the mean of S(rho) over batches of m examples each; it never falls when batches are split
+
+An ascent finds a lower bound of the maximum. Sources: Foret et al., arXiv:2010.01412; Kwon et al., arXiv:2102.11600.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice, check_count, check_rho
+from ..geometry import Geometry
+from .ascent import Ascent, ascend, steepest
+from .batches import Piece, grouped
+from .draws import generator_of
+from .evaluation import Evaluation
+from .means import check_finite, mean, stderr
+from .objective import Objective
+from .quadratic import Point
+
+METHODS = ("auto_pgd", "one_step")
+
+
+@dataclass(frozen=True)
+class WorstCaseSharpness:
+    """A worst-case sharpness.
+
+    Attributes:
+        value: ``perturbed_loss - base_loss`` >= 0, a lower bound of the true maximum.
+        stderr: standard error of the mean over the batches of m examples; nan for a single batch (m = None).
+        base_loss: the loss at w.
+        perturbed_loss: the loss at the worst point found, the mean over the batches.
+        history: the best rise after 0, 1, ... steps, the mean over the batches; it never falls.
+        converged: the last quarter of the steps added less than 1 %. The ascent has stopped rising, which does not
+            mean that there is no higher point elsewhere.
+        evaluations: forward and backward passes over the data; each restart takes one forward pass besides.
+        noise_floor: what rounding alone may make of ``value``; a smaller value means nothing.
+        perturbation: the worst e, a tensor per parameter; None for m-sharpness.
+    """
+
+    value: float
+    stderr: float
+    base_loss: float
+    perturbed_loss: float
+    history: tuple[float, ...]
+    converged: bool
+    evaluations: int
+    noise_floor: float
+    rho: float
+    geometry: Geometry
+    m: int | None
+    examples: int
+    perturbation: dict[str, Tensor] | None = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class SharpnessProfile:
+    """Worst-case sharpness over neighborhood sizes: ``rhos`` and ``values`` rise together."""
+
+    rhos: tuple[float, ...]
+    values: tuple[float, ...]
+    results: tuple[WorstCaseSharpness, ...]
+
+
+def worst_case_sharpness(
+    objective: Objective,
+    rho: float,
+    *,
+    geometry: Geometry,
+    m: int | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+    method: str = "auto_pgd",
+    seed: int = 0,
+) -> WorstCaseSharpness:
+    """The largest rise of the loss in the ball ``||T^-1 e||_p <= rho``.
+
+    Args:
+        objective: the loss as a function of the weights.
+        rho: neighborhood size, >= 0.
+        geometry: the ball. To measure, use eta = 0; with the eta of a training run it is what that run minimizes.
+        m: examples in a batch, for m-sharpness; None: the loss over all the data. Values for different m are not
+            comparable.
+        steps: forward and backward passes of the ascent.
+        restarts: ascents, the first from w and the others from random points; the best one counts.
+        method: ``"auto_pgd"``, or ``"one_step"`` for the rise at the maximizer of the linearized loss, as SAM and ASAM
+            take it: at a trained minimum it is a small part of the worst case. ``steps``, ``restarts`` and ``seed``
+            are of no effect then.
+        seed: of the random starts.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above, or the loss at w is not finite.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+        >>> objective = Objective(model, lambda model, x: (model(x) - 2).square().mean() / 2, [torch.ones(4, 1)])
+        >>> result = worst_case_sharpness(objective, 0.5, geometry=Geometry(eta=0.0))
+        >>> round(result.value, 6), result.converged  # e = 0.5 |w| = 1, and the loss is e^2 / 2
+        (0.5, True)
+    """
+    return sharpness_profile(
+        objective, [rho], geometry=geometry, m=m, steps=steps, restarts=restarts, method=method, seed=seed
+    ).results[0]
+
+
+def sharpness_profile(
+    objective: Objective,
+    rhos: Sequence[float],
+    *,
+    geometry: Geometry,
+    m: int | None = None,
+    steps: int = 20,
+    restarts: int = 1,
+    method: str = "auto_pgd",
+    seed: int = 0,
+) -> SharpnessProfile:
+    """Worst-case sharpness for each of several rho, smallest first.
+
+    A larger ball contains the worst point of a smaller one, so the values never fall (with ``"auto_pgd"``; one step
+    may). The other arguments are those of `worst_case_sharpness`.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).mean(), [torch.ones(4, 1)])
+        >>> profile = sharpness_profile(objective, [0.2, 0.1], geometry=Geometry("none"))
+        >>> profile.rhos, [round(value, 4) for value in profile.values]
+        ((0.1, 0.2), [0.1, 0.2])
+    """
+    rhos = sorted(rhos)
+    if not rhos:
+        raise ValueError("rhos is empty")
+    for rho in rhos:
+        check_rho(rho)
+    check_count("steps", steps, 1)
+    check_count("restarts", restarts, 1)
+    if m is not None:
+        check_count("m", m, 1)
+    check_choice("method", method, METHODS)
+    groups = [objective.pieces] if m is None else grouped(objective.pieces, m)
+    climbs: list[_Climb] = []
+    ascents: list[list[Ascent]] = []
+    with objective.evaluation() as evaluation:
+        ball = _Ball(objective, evaluation, geometry)
+        for index, group in enumerate(groups):
+            climb = _Climb(ball, group)
+            climbs.append(climb)
+            ascents.append([])
+            for rho in rhos:
+                if method == "one_step":
+                    ascents[-1].append(climb.one_step(rho))
+                else:
+                    smaller = ascents[-1][-1] if ascents[-1] else None
+                    ascents[-1].append(climb.auto_pgd(rho, steps, restarts, seed + index, smaller))
+    results = []
+    for rho, found in zip(rhos, zip(*ascents, strict=True), strict=True):
+        evaluations = 1 if method == "one_step" or rho == 0 else 1 + restarts * (steps - 1)
+        results.append(_result(climbs, found, rho, geometry, evaluations, m, objective))
+    return SharpnessProfile(tuple(map(float, rhos)), tuple(result.value for result in results), tuple(results))
+
+
+class _Ball:
+    """The ball around the weights at hand, in u = T^-1 e."""
+
+    def __init__(self, objective: Objective, evaluation: Evaluation, geometry: Geometry) -> None:
+        weights = dict(zip(objective.params, evaluation.weights, strict=True))
+        self.evaluation = evaluation
+        self.p = float(geometry.p)
+        self.weights = objective.flat(weights)
+        self.scales = objective.flat(geometry.scales(weights))
+        self.eps = torch.finfo(self.scales.dtype).eps
+
+
+class _Climb:
+    """The ascents on one group of examples, for one rho after the other."""
+
+    def __init__(self, ball: _Ball, pieces: list[Piece]) -> None:
+        self.ball, self.pieces = ball, pieces
+        self.examples = sum(piece.size for piece in pieces)
+        ball.evaluation.move(None)
+        self.base, gradient = ball.evaluation.loss_and_gradient(pieces)
+        check_finite(self.base)
+        self.origin = Point(torch.zeros_like(gradient), self.base, ball.scales * gradient)
+        # w + e is rounded to the precision of the weights, and the loss to its own
+        self.rounding = ball.eps * (abs(self.base) + float((ball.weights * gradient).norm()))
+
+    def evaluate(self, u: Tensor, with_gradient: bool) -> Point:
+        self.ball.evaluation.move(self.ball.scales * u)
+        if not with_gradient:
+            return Point(u, self.ball.evaluation.means(self.pieces)["loss"], u[:0])
+        value, gradient = self.ball.evaluation.loss_and_gradient(self.pieces)
+        return Point(u, value, self.ball.scales * gradient)
+
+    def one_step(self, rho: float) -> Ascent:
+        """The rise at the maximizer of the linearized loss, or none where the loss falls there."""
+        point = self.evaluate(rho * steepest(self.origin.gradient, self.ball.p), False)
+        if not point.value > self.base:
+            point = self.origin
+        return Ascent(point.u, point.value - self.base, (0.0, point.value - self.base))
+
+    def auto_pgd(self, rho: float, steps: int, restarts: int, seed: int, smaller: Ascent | None) -> Ascent:
+        """The best of several ascents; its history is the best of all of them after so many steps.
+
+        The worst point of a ``smaller`` ball, if it beats them all, counts as found at the last step.
+        """
+        if rho == 0:
+            return Ascent(self.origin.u, 0.0, (0.0,) * (steps + 1))
+        tries = [
+            ascend(
+                self.evaluate,
+                self.origin,
+                self.ball.scales > 0,
+                p=self.ball.p,
+                rho=rho,
+                steps=steps,
+                generator=generator_of(seed, restart),
+                random_start=restart > 0,
+            )
+            for restart in range(restarts)
+        ]
+        history = tuple(map(max, zip(*(ascent.history for ascent in tries), strict=True)))
+        best = max([*tries, smaller] if smaller else tries, key=lambda ascent: ascent.rise)
+        return Ascent(best.u, best.rise, (*history[:-1], best.rise))
+
+
+def _result(
+    climbs: Sequence[_Climb],
+    ascents: Sequence[Ascent],
+    rho: float,
+    geometry: Geometry,
+    evaluations: int,
+    m: int | None,
+    objective: Objective,
+) -> WorstCaseSharpness:
+    """The mean over the groups of examples."""
+    sizes = [climb.examples for climb in climbs]
+    rises = [ascent.rise for ascent in ascents]
+    value, base = mean(rises, sizes), mean([climb.base for climb in climbs], sizes)
+    history = tuple(mean(step, sizes) for step in zip(*(ascent.history for ascent in ascents), strict=True))
+    quarter = (len(history) - 1) // 4
+    return WorstCaseSharpness(
+        value=value,
+        stderr=stderr(rises, sizes),
+        base_loss=base,
+        perturbed_loss=base + value,
+        history=history,
+        converged=quarter > 0 and value - history[-1 - quarter] <= 0.01 * value,
+        evaluations=evaluations,
+        noise_floor=mean([climb.rounding for climb in climbs], sizes),
+        rho=float(rho),
+        geometry=geometry,
+        m=m,
+        examples=objective.examples,
+        perturbation=objective.named(climbs[0].ball.scales * ascents[0].u) if m is None else None,
+    )
