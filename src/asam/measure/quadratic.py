@@ -19,10 +19,14 @@ class Point:
 
 
 def is_quadratic(a: Point, b: Point) -> bool:
-    """Whether the function is a quadratic between two points, within 2 %: the trapezoid rule is exact for one."""
+    """Whether the function is a quadratic between two points, within 2 % and rounding.
+
+    The trapezoid rule is exact for one.
+    """
     change = a.value - b.value
     trapezoid = 0.5 * float((a.gradient + b.gradient) @ (a.u - b.u))
-    return abs(change - trapezoid) <= 0.02 * abs(change)
+    rounding = 4 * torch.finfo(a.u.dtype).eps * abs(a.value)
+    return abs(change - trapezoid) <= 0.02 * abs(change) + rounding
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def maximum(points: Sequence[Point], origin: Point, rho: float) -> Maximum | Non
     offsets, changes = offsets[held] / lengths[held], changes[held] / lengths[held]
     # an orthonormal basis of the span, without the directions that rounding has made
     squares, vectors = torch.linalg.eigh((offsets @ offsets.T).double())
-    kept = squares > 1e4 * torch.finfo(offsets.dtype).eps * squares[-1]
+    kept = squares > 100 * torch.finfo(offsets.dtype).eps * squares[-1]
     basis = vectors[:, kept] / squares[kept].sqrt()
     hessian = basis.T @ (offsets @ changes.T).double() @ basis
     hessian = (hessian + hessian.T) / 2
