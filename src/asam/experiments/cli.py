@@ -4,8 +4,10 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,7 +22,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_e
 
 @app.callback()
 def asam() -> None:
-    """Adaptive Sharpness-Aware Minimization: experiments on real data."""
+    """Adaptive Sharpness-Aware Minimization: train, measure and look."""
 
 
 @app.command()
@@ -55,11 +57,9 @@ def compare(
     comparison = Comparison(dataset, model, noise, seeds, epochs, rho_sam, rho_asam, data_dir)
     load(dataset, data_dir, noise, 0)
     prepare(comparison, out, force=force)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        runs = comparison.runs()
-        task = progress.add_task(f"{len(runs)} runs", total=sum(map(cost, runs.values())))
-        outcomes = execute(comparison, out, workers, lambda passes: progress.advance(task, passes))
+    runs = comparison.runs()
+    with _progress(f"{len(runs)} runs", sum(map(cost, runs.values()))) as advance:
+        outcomes = execute(comparison, out, workers, advance)
     found = results(comparison, outcomes)
     write(out / "report.html", page(found))
     write(out / "results.json", json.dumps(found, indent=1))
@@ -71,6 +71,134 @@ def compare(
     for sentence in verdict(found):
         console.print(sentence, highlight=False)
     console.print(f"Written: {out / 'report.html'}, {out / 'results.json'}", highlight=False, soft_wrap=True)
+
+
+MODEL_HELP = "module:function that returns (model, loss_fn, data[, held_out]), for a checkpoint of your own."
+Examples = Annotated[int, typer.Option(help="Training examples to measure on.", min=1)]
+Function = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
+NormalizeLogits = Annotated[bool, typer.Option("--normalize-logits", help="Take the scale of a run's logits away.")]
+
+
+@app.command()
+def measure(
+    target: Annotated[str, typer.Argument(help="A run of asam compare, a checkpoint, or module:function.")],
+    model: Function = None,
+    rho: Annotated[list[float], typer.Option(help="Neighborhood sizes of sharpness.")] = [0.05, 0.1, 0.2],  # noqa: B006
+    adaptive_rho: Annotated[list[float], typer.Option(help="Those of adaptive sharpness.")] = [0.5, 1.0, 2.0],  # noqa: B006
+    normalization: Annotated[
+        Literal["elementwise", "filterwise", "layerwise"], typer.Option(help="T_w of adaptive sharpness.")
+    ] = "elementwise",
+    eta: Annotated[float, typer.Option(help="Stabilizer of T_w; 0 for scale invariance.")] = 0.0,
+    bias: Annotated[Literal["scaled", "unscaled", "fixed"], typer.Option(help="What holds for biases.")] = "scaled",
+    m: Annotated[int | None, typer.Option(help="m-sharpness: examples in a batch (default: all).", min=1)] = None,
+    steps: Annotated[int, typer.Option(help="Ascent steps.", min=1)] = 20,
+    samples: Annotated[int, typer.Option(help="Draws of the average case, an even number.", min=2)] = 32,
+    eigenvalues: Annotated[int, typer.Option(help="How many top eigenvalues.", min=1)] = 3,
+    examples: Examples = 1024,
+    seed: Annotated[int, typer.Option(help="Of starts, draws and random vectors.")] = 0,
+    normalize_logits: NormalizeLogits = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Sharpness, curvature and generalization bounds of a trained network, in one table.
+
+    With p = inf and in the average case the neighborhood is rho / sqrt(k) in every weight, k the number of weights.
+    """
+    for name, values in (("--rho", rho), ("--adaptive-rho", adaptive_rho)):
+        for value in values:
+            if not 0 < value < math.inf:
+                raise InputError(f"{name} must be a finite number > 0, got {value:g}")
+    if not 0 <= eta < math.inf:
+        raise InputError(f"--eta must be a finite number >= 0, got {eta:g}")
+    if samples % 2:
+        raise InputError(f"--samples must be even, got {samples}")
+
+    from .measuring import Settings, summary, terminal_table
+    from .measuring import measure as measured
+    from .targets import find
+
+    found_target = find(target, model, normalize_logits=normalize_logits)
+    settings = Settings(
+        rhos=tuple(sorted(rho)),
+        adaptive_rhos=tuple(sorted(adaptive_rho)),
+        normalization=normalization,
+        eta=eta,
+        bias=bias,
+        m=m,
+        steps=steps,
+        samples=samples,
+        eigenvalues=eigenvalues,
+        examples=examples,
+        seed=seed,
+    )
+    with _progress(f"measuring {found_target.name}", settings.passes()) as advance, _refusals():
+        found = measured(found_target, settings, advance)
+    if as_json:
+        print(json.dumps(_without_nan(found)))
+        return
+    console = Console()
+    for line in summary(found):
+        console.print(line, highlight=False)
+    console.print(terminal_table(found))
+    for bound in found["bounds"]:
+        console.print(bound["explanation"], highlight=False)
+
+
+@app.command()
+def landscape(
+    targets: Annotated[list[str], typer.Argument(help="Runs of asam compare, checkpoints, or module:function.")],
+    model: Function = None,
+    points: Annotated[int, typer.Option(help="Points of a plane along each axis.", min=3)] = 25,
+    span: Annotated[float, typer.Option(help="How far, in units of the filters' norms.")] = 1.0,
+    examples: Examples = 1024,
+    seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+    normalize_logits: NormalizeLogits = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-landscape"),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
+) -> None:
+    """Slices of the loss landscape of one or several networks, and a page to turn them in three dimensions."""
+    if not 0 < span < math.inf:
+        raise InputError(f"--span must be a finite number > 0, got {span:g}")
+
+    from .landscapes import compute, passes, prepare, save
+    from .targets import find
+
+    found = [find(target, model, normalize_logits=normalize_logits) for target in targets]
+    names = [target.name for target in found]
+    if len(set(names)) < len(names):
+        raise InputError(f"two targets are called {next(name for name in names if names.count(name) > 1)}")
+    prepare(out, force=force)
+    with _progress(f"{len(found)} landscapes", passes(found, points)) as advance, _refusals():
+        slices = compute(found, examples, points, span, seed, advance)
+    files = save(slices, out)
+    Console().print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
+    """A bar on standard error with the time left; yields what advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda amount: progress.advance(task, amount)
+        progress.update(task, completed=total)
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """What the library refuses in the user's model, loss or data, as bad input."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan and no inf."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run() -> int:

@@ -6,16 +6,13 @@ Every run is written on its own when it is done, so a comparison that was killed
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
@@ -25,6 +22,7 @@ import torch
 
 from .. import __version__
 from . import InputError
+from .environment import environment
 from .statistics import mean_sd, paired_difference
 from .training import Run, train
 
@@ -178,14 +176,7 @@ def results(comparison: Comparison, outcomes: dict[str, Any]) -> dict[str, Any]:
                 label: [of(label, "test_error", scale) for scale in SCALES] for label in ("SGD", "SAM", "ASAM")
             },
         },
-        "environment": {
-            "asam": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "scikit-learn": version("scikit-learn"),
-            "hardware": _processor(),
-            "command": " ".join(["asam", *sys.argv[1:]]),
-        },
+        "environment": environment(),
     }
 
 
@@ -255,12 +246,3 @@ def _early(curves: dict[str, Sequence[float]]) -> dict[str, float]:
     validation = curves["validation_error"]
     epoch = validation.index(min(validation))
     return {"test_error": curves["test_error"][epoch], "train_error": curves["train_error"][epoch]}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"

@@ -55,9 +55,7 @@ def train(run: Run) -> tuple[Outcome, dict[str, Tensor]]:
     """The outcome and the weights after the last epoch. The time is that of the process, evaluation left out."""
     torch.set_num_threads(1)
     data = load(run.dataset, run.data_dir, run.noise, run.seed)
-    torch.manual_seed(run.seed)
-    network = build(run.model, tuple(data.train.inputs.shape[1:]), CLASSES)
-    rescale_(network, run.scale)
+    network = initial_network(run, data)
     optimizer = torch.optim.SGD(network.parameters(), run.lr, run.momentum, weight_decay=run.weight_decay)
     batches = torch.Generator().manual_seed(run.seed)
     n = len(data.train.labels)
@@ -78,6 +76,14 @@ def train(run: Run) -> tuple[Outcome, dict[str, Tensor]]:
         for name, split in (("train", data.train), ("validation", data.validation), ("test", data.test)):
             curves[f"{name}_error"].append(error(network, split))
     return _outcome(network, data, curves, seconds / (run.epochs * steps_per_epoch)), network.state_dict()
+
+
+def initial_network(run: Run, data: Data) -> nn.Sequential:
+    """The network of a run before training."""
+    torch.manual_seed(run.seed)
+    network = build(run.model, tuple(data.train.inputs.shape[1:]), CLASSES)
+    rescale_(network, run.scale)
+    return network
 
 
 def error(network: nn.Module, split: Split) -> float:

@@ -75,3 +75,15 @@ def _cut(batch: Any, start: int, stop: int, size: int) -> Any:
     if isinstance(batch, tuple | list):
         return type(batch)(_cut(value, start, stop, size) for value in batch)
     return batch
+
+
+def first(data: Iterable[Any], examples: int) -> list[Any]:
+    """The batches of the first so many examples, the last of them cut; no more of the data is read."""
+    batches: list[Any] = []
+    for batch in data:
+        size = _size(batch)
+        if size >= examples:
+            return [*batches, batch if size == examples else _cut(batch, 0, examples, size)]
+        batches.append(batch)
+        examples -= size
+    return batches

@@ -151,7 +151,8 @@ def inverse_kl(q: float, bound: float) -> float:
         >>> round(inverse_kl(0.0, 0.1), 4)  # 1 - exp(-0.1)
         0.0952
     """
-    return _largest(lambda p: _kl(q, p) <= bound, above=q)
+    # a nan bounds nothing
+    return _largest(lambda p: not _kl(q, p) > bound, above=q)
 
 
 def _sharpness_bound(
@@ -163,7 +164,7 @@ def _sharpness_bound(
     check_count("k", k, 1)
     check_count("n", n, 2)
     _check_delta(delta)
-    ratio = math.inf if r == 0 else (weight_norm / r) ** 2
+    ratio = math.inf if r == 0 else (weight_norm / r) * (weight_norm / r)
     norm_term = k * math.log1p(ratio * (1 + math.sqrt(math.log(n) / k)) ** 2)
     confidence_term, grid_term = 4 * math.log(n / delta), 8 * math.log(6 * n + 3 * k)
     complexity = math.sqrt((norm_term + confidence_term + grid_term) / (n - 1))

@@ -56,7 +56,7 @@ class HessianOperator:
         from scipy.sparse.linalg import LinearOperator
 
         def product(array: Any) -> Any:
-            return self.matvec(torch.as_tensor(array, dtype=self.dtype, device=self.device)).cpu().numpy()
+            return self.matvec(torch.tensor(array, dtype=self.dtype, device=self.device)).cpu().numpy()
 
         numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=numpy_dtype)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 from .draws import generator_of
 
 
@@ -141,6 +141,8 @@ def spectral_density(
     check_count("draws", draws, 1)
     check_count("matvecs", matvecs, draws)
     check_count("points", points, 2)
+    if sigma is not None:
+        check_number("sigma", sigma, "a finite number > 0", lambda sigma: 0 < sigma < math.inf)
     nodes, weights, used = [], [], 0
     for draw in range(draws):
         alphas, betas = [], []

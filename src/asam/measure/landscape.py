@@ -231,7 +231,7 @@ def _stacked(means: list[dict[str, float]]) -> dict[str, Tensor]:
 def _save(path: str | Path, axes: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     import numpy as np
 
-    reserved = set(axes) & set(values)
+    reserved = {"file", "allow_pickle", *axes} & set(values)  # two are arguments of NumPy's savez
     if reserved:
         raise ValueError(f"a mean may not be called {sorted(reserved)[0]!r}")
     path = Path(path)

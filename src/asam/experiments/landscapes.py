@@ -1,0 +1,142 @@
+"""Slices of the loss landscapes of several networks: planes, lines and the ways from one to the next."""
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from ..measure import LossLine, LossPlane, Objective, interpolate, loss_line, loss_plane, random_direction
+from ..measure.page import landscape_page
+from ..measure.plots import plot_line, plot_plane
+from . import InputError
+from .compare import write
+from .targets import Target
+
+PAGE = "landscape.html"
+
+
+@dataclass(frozen=True)
+class Slices:
+    """What was computed, by the names of the networks or of pairs of them."""
+
+    planes: dict[str, LossPlane]
+    lines: dict[str, LossLine]
+    interpolations: dict[str, LossLine]
+
+
+def prepare(folder: Path, *, force: bool) -> None:
+    """Make the folder ready; what an earlier landscape left there goes with ``force`` only.
+
+    Raises:
+        InputError: the folder holds something, and there is no ``force``.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: choose another --out")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not force:
+            raise InputError(f"{folder} is not empty: choose another --out, or overwrite with --force")
+        for pattern in ("plane-*.npz", "line-*.npz", "way-*.npz", "planes.svg", "lines.svg", PAGE):
+            for file in folder.glob(pattern):
+                file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def passes(targets: list[Target], points: int) -> int:
+    """Forward passes over the data that the slices take, with their checks."""
+    odd = points + 1 - points % 2
+    return len(targets) * (odd * odd + 2 * odd + 4) + (len(targets) - 1) * points
+
+
+def compute(
+    targets: list[Target], examples: int, points: int, span: float, seed: int, advance: Callable[[float], None]
+) -> Slices:
+    """The slices; every network is cut along directions of the same random numbers, scaled to its own filters."""
+    planes, lines, ways = {}, {}, {}
+    objectives = [_counted(target, examples, advance) for target in targets]
+    for target, objective in zip(targets, objectives, strict=True):
+        x, y = (random_direction(objective, seed=2 * seed + i) for i in range(2))
+        spans = {"x_span": (-span, span), "y_span": (-span, span)}
+        planes[target.name] = loss_plane(objective, x, y, points=points, **spans)
+        lines[target.name] = loss_line(objective, x, span=(-span, span), points=2 * points - 1)
+    for (one, objective), (other, _) in pairwise(zip(targets, objectives, strict=True)):
+        if _shapes(one.model) == _shapes(other.model):
+            ways[f"{one.name} to {other.name}"] = interpolate(objective, other.model, points=points)
+    return Slices(planes, lines, ways)
+
+
+def save(slices: Slices, folder: Path) -> list[Path]:
+    """Write the slices, their plots and the page; return the files."""
+    files = []
+    for kind, found in (("plane", slices.planes), ("line", slices.lines), ("way", slices.interpolations)):
+        for name, piece in found.items():
+            files.append(folder / f"{kind}-{_file_name(name)}.npz")
+            piece.save(files[-1])
+    write(folder / "planes.svg", _planes(slices))
+    write(folder / "lines.svg", _lines(slices))
+    write(folder / PAGE, landscape_page(slices.planes, slices.lines, slices.interpolations))
+    return [*files, folder / "planes.svg", folder / "lines.svg", folder / PAGE]
+
+
+def _counted(target: Target, examples: int, advance: Callable[[float], None]) -> Objective:
+    batches = target.batches(examples)
+
+    def loss_fn(model: torch.nn.Module, batch: Any) -> Any:
+        advance(1 / len(batches))
+        return target.loss_fn(model, batch)
+
+    return Objective(target.model, loss_fn, batches)
+
+
+def _planes(slices: Slices) -> str:
+    count = len(slices.planes)
+    figure = Figure(figsize=(3.8 * count + 1, 3.8), layout="constrained")
+    grid = figure.subplots(1, count, squeeze=False)[0]
+    losses = torch.cat([plane.values["loss"].flatten() for plane in slices.planes.values()])
+    losses = losses[losses.isfinite() & (losses > 0)]
+    if len(losses) and losses.min() < losses.max():  # one scale for all
+        levels = np.geomspace(float(losses.min()), float(losses.max()) * (1 + 1e-9), 25)
+        style: dict[str, Any] = {"levels": levels, "norm": LogNorm(levels[0], levels[-1])}
+    else:
+        style = {}
+    for axes, (name, plane) in zip(grid, slices.planes.items(), strict=True):
+        contours = plot_plane(axes, plane, **style)
+        axes.set_title(name, fontsize=10)
+    figure.colorbar(contours, ax=grid, format="%.2g", label="loss")
+    return _svg(figure)
+
+
+def _lines(slices: Slices) -> str:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    kinds = [(slices.lines, "position along the first direction")]
+    if slices.interpolations:
+        kinds.append((slices.interpolations, "position from one network, 0, to the next, 1"))
+    for axes, (lines, label) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        for name, line in lines.items():
+            plot_line(axes, line, label=name)
+        axes.set_xlabel(label)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:.2g}")
+        axes.yaxis.set_minor_formatter("{x:.2g}")
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in model.state_dict().items()}
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)

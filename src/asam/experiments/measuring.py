@@ -1,0 +1,200 @@
+"""Everything that is measured about one network, in one table."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Column, Table
+
+from ..geometry import Geometry
+from ..measure import (
+    Objective,
+    asam_bound,
+    average_sharpness,
+    gibbs_certificate,
+    hessian,
+    holdout_bound,
+    sam_bound,
+    sharpness_profile,
+    top_eigenvalues,
+    trace,
+    worst_case_sharpness,
+)
+from .environment import environment
+from .targets import Target
+
+ETA = 0.01  # of the ball of ASAM's bound, which is infinite without it
+SIGMA = 0.1  # of the Gibbs certificate, fixed beforehand
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. The rho of p = inf and of the average case are these over sqrt(k): the cube inside the ball."""
+
+    rhos: tuple[float, ...] = (0.05, 0.1, 0.2)
+    adaptive_rhos: tuple[float, ...] = (0.5, 1.0, 2.0)
+    normalization: str = "elementwise"
+    eta: float = 0.0
+    bias: str = "scaled"
+    m: int | None = None
+    steps: int = 20
+    samples: int = 32
+    eigenvalues: int = 3
+    matvecs: int = 30
+    examples: int = 1024
+    seed: int = 0
+
+    def passes(self) -> int:
+        """About how many forward passes it takes, a forward and backward pass counted as three."""
+        ascents = 2 * (len(self.rhos) + len(self.adaptive_rhos)) + 2
+        averages = (len(self.rhos) + len(self.adaptive_rhos)) * (self.samples + 1)
+        return ascents * 3 * self.steps + averages + 2 * 3 * 40 + 100
+
+
+def measure(target: Target, settings: Settings, advance: Callable[[float], None]) -> dict[str, Any]:
+    """All measurements; ``advance`` is called with the passes over the data that were made."""
+
+    def loss_fn(model: torch.nn.Module, batch: Any) -> Any:
+        result = target.loss_fn(model, batch)
+        advance((3 if torch.is_grad_enabled() else 1) / batches)
+        return result
+
+    batches = 1
+    objective = Objective(target.model, loss_fn, target.batches(settings.examples))
+    batches = len(objective.pieces)
+    means = objective.means()
+    k = objective.like.numel()
+    adaptive = Geometry(settings.normalization, eta=settings.eta, bias=settings.bias)
+    plain = Geometry("none")
+    rows: list[dict[str, Any]] = []
+    for geometry, rhos in ((plain, settings.rhos), (adaptive, settings.adaptive_rhos)):
+        rows += _sharpness(objective, geometry, rhos, k, settings)
+    for name, operator in (("H", hessian(objective)), ("THT", hessian(objective, geometry=adaptive))):
+        found = top_eigenvalues(operator, settings.eigenvalues, seed=settings.seed)
+        rows.append(
+            {
+                "quantity": f"top eigenvalues of {name}",
+                "value": found.values.tolist(),
+                "converged": found.converged,
+            }
+        )
+        estimate = trace(operator, matvecs=settings.matvecs, seed=settings.seed)
+        rows.append({"quantity": f"trace of {name}", "value": estimate.value, "stderr": estimate.stderr})
+    held_out = {}
+    for name, data in target.held_out.items():
+        fresh = Objective(target.model, target.loss_fn, data)
+        held_out[name] = {**fresh.means(), "examples": fresh.examples}
+    return {
+        "target": target.name,
+        "settings": asdict(settings),
+        "examples": objective.examples,
+        "parameters": k,
+        "training": means,
+        "held_out": held_out,
+        "rows": rows,
+        "bounds": _bounds(target, objective, settings, held_out) if "error" in means else [],
+        "environment": environment(),
+    }
+
+
+def _sharpness(
+    objective: Objective, geometry: Geometry, rhos: Sequence[float], k: int, settings: Settings
+) -> list[dict[str, Any]]:
+    name = "sharpness" if geometry.normalization == "none" else "adaptive"
+    rows = []
+    for p in (2.0, math.inf):
+        ball = Geometry(geometry.normalization, p=p, eta=geometry.eta, bias=geometry.bias)
+        sizes = [rho / math.sqrt(k) for rho in rhos] if p == math.inf else rhos
+        profile = sharpness_profile(
+            objective, sizes, geometry=ball, m=settings.m, steps=settings.steps, seed=settings.seed
+        )
+        for result in profile.results:
+            row = {"quantity": f"{name}, worst case", "p": "inf" if p == math.inf else "2", "rho": result.rho}
+            row |= {"value": result.value, "converged": result.converged, "noise_floor": result.noise_floor}
+            rows.append(row if settings.m is None else row | {"stderr": result.stderr})
+    for rho in rhos:
+        average = average_sharpness(
+            objective, rho / math.sqrt(k), geometry=geometry, samples=settings.samples, seed=settings.seed
+        )
+        rows.append(
+            {
+                "quantity": f"{name}, average case",
+                "p": "",
+                "rho": average.rho,
+                "value": average.value,
+                "stderr": average.stderr,
+                "noise_floor": average.noise_floor,
+            }
+        )
+    return rows
+
+
+def _bounds(
+    target: Target, objective: Objective, settings: Settings, held_out: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The error in the place of the loss, which must lie in [0, 1], at the worst point that was found for the loss."""
+    n, k = objective.examples, objective.like.numel()
+    weights = {name: param.detach() for name, param in objective.params.items()}
+    weight_norm = float(objective.flat(weights).double().norm())
+    middle, adaptive_middle = (rhos[len(rhos) // 2] for rhos in (settings.rhos, settings.adaptive_rhos))
+
+    def worst_error(rho: float, geometry: Geometry) -> float:
+        result = worst_case_sharpness(objective, rho, geometry=geometry, steps=settings.steps, seed=settings.seed)
+        return max(objective.means(result.perturbation)["error"], objective.means()["error"])
+
+    plain = worst_error(middle, Geometry("none"))
+    scaled = worst_error(adaptive_middle, Geometry(eta=ETA, bias="scaled"))
+    bounds: list[Any] = [
+        sam_bound(plain, weight_norm=weight_norm, k=k, n=n, rho=middle),
+        asam_bound(scaled, weight_norm=weight_norm, k=k, n=n, rho=adaptive_middle, eta=ETA),
+    ]
+    if target.prior is not None:
+        bounds.append(
+            gibbs_certificate(objective, SIGMA, geometry=Geometry("none"), prior=target.prior, seed=settings.seed)
+        )
+    if held_out:
+        fresh = next(iter(held_out.values()))
+        bounds.append(holdout_bound(round(fresh["error"] * fresh["examples"]), fresh["examples"]))
+    return [{**asdict(bound), "explanation": bound.explain()} for bound in bounds]
+
+
+def summary(found: dict[str, Any]) -> list[str]:
+    """What was measured, in lines for above the table."""
+    lines = [f"{found['target']}: {found['parameters']:,} parameters, {found['examples']:,} training examples"]
+    shown = {"training " + name: value for name, value in found["training"].items()}
+    for name, means in found["held_out"].items():
+        if "error" in means:
+            shown[name] = means["error"]
+    lines += [f"{name} {value:.4g}" for name, value in shown.items()]
+    return lines
+
+
+def terminal_table(found: dict[str, Any]) -> Table:
+    """The table for the terminal: a quantity is named once for all its rows."""
+    table = Table(Column("quantity", no_wrap=True), "p", "rho", "value", "")
+    previous = None
+    for row in found["rows"]:
+        group = row["quantity"], row.get("p")
+        if previous is not None and group != previous:
+            table.add_section()
+        values = row["value"] if isinstance(row["value"], list) else [row["value"]]
+        table.add_row(
+            row["quantity"] if group != previous else "",
+            row.get("p", "") if group != previous else "",
+            f"{row['rho']:.3g}" if "rho" in row else "",
+            "\n".join(f"{value:.4g}" for value in values),
+            _remark(row),
+        )
+        previous = group
+    return table
+
+
+def _remark(row: dict[str, Any]) -> str:
+    if "noise_floor" in row and abs(row["value"]) < row["noise_floor"]:
+        return "below rounding"
+    if not row.get("converged", True):
+        return "still rising" if "p" in row else "not converged"
+    stderr = row.get("stderr", math.nan)
+    return "" if math.isnan(stderr) else f"± {stderr:.2g}"
