@@ -130,42 +130,19 @@ def test_help_fits_80_columns():
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1200, 420])
-def test_page_in_a_browser(finished, width):
-    import shutil
-
-    driver, browser = shutil.which("chromedriver"), shutil.which("chromium")
-    if not (driver and browser):
-        pytest.skip("chromium and chromedriver are not installed")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    for flag in [*flags.split(), "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    page = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    try:
-        page.execute_cdp_cmd(
-            "Emulation.setDeviceMetricsOverride",
-            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
-        )
-        page.get((finished / "report.html").as_uri())
-        assert page.get_log("browser") == []
-        sizes = page.execute_script(
-            "return [...document.querySelectorAll('figure svg')].map(s => {"
-            "const b = s.getBoundingClientRect(); return [b.width, b.height, s.querySelectorAll('path,use').length]})"
-        )
-        assert len(sizes) == 3
-        assert all(w > 300 and h > 100 and shapes > 50 for w, h, shapes in sizes)
-        assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
-        assert (
-            page.execute_script(
-                "return [...document.querySelectorAll('h1,h2,p,li,figcaption,td,th,code')]"
-                ".filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline')"
-                ".map(e => e.textContent)"
-            )
-            == []
-        )
-    finally:
-        page.quit()
+def test_page_in_a_browser(finished, browser, width):
+    page = browser(finished / "report.html", width)
+    assert page.get_log("browser") == []
+    sizes = page.execute_script(
+        "return [...document.querySelectorAll('figure svg')].map(s => {"
+        "const b = s.getBoundingClientRect(); return [b.width, b.height, s.querySelectorAll('path,use').length]})"
+    )
+    assert len(sizes) == 3
+    assert all(w > 300 and h > 100 and shapes > 50 for w, h, shapes in sizes)
+    assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    overflowing = page.execute_script(
+        "return [...document.querySelectorAll('h1,h2,p,li,figcaption,td,th,code')]"
+        ".filter(e => e.scrollWidth > e.clientWidth + 1 && getComputedStyle(e).display != 'inline')"
+        ".map(e => e.textContent)"
+    )
+    assert overflowing == []

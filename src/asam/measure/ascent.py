@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..projection import nearest_in_ball
-from .quadratic import Point, is_quadratic, maximum
+from .quadratic import Path, Point
 
 MOMENTUM = 0.75
 SUCCESS = 0.75
@@ -38,15 +38,14 @@ def steepest(gradient: Tensor, p: float) -> Tensor:
 
     Scaled by the largest magnitude first: squares of small numbers underflow.
     """
-    largest = gradient.abs().max()
+    largest = _largest(gradient)
     if not largest > 0:
         return torch.zeros_like(gradient)
+    if p == math.inf:
+        return gradient.sign()
     g = gradient / largest
     if p == 2:
-        norm: Tensor = torch.linalg.vector_norm(g)
-        return g / norm
-    if p == math.inf:
-        return g.sign()
+        return g.div_(torch.linalg.vector_norm(g))
     q = p / (p - 1)
     direction: Tensor = g.sign() * (g.abs() / torch.linalg.vector_norm(g, q)) ** (q - 1)
     return direction
@@ -54,9 +53,9 @@ def steepest(gradient: Tensor, p: float) -> Tensor:
 
 def random_on_sphere(movable: Tensor, p: float, generator: torch.Generator) -> Tensor:
     """A random vector of p-norm 1, which is 0 where ``movable`` is False."""
-    z = torch.randn(movable.shape, generator=generator, dtype=torch.float64).to(movable.device).where(movable, 0)
+    z = torch.randn(movable.shape, generator=generator, dtype=torch.float32).to(movable.device).where(movable, 0)
     norm: Tensor = torch.linalg.vector_norm(z, p)
-    return z / norm.clamp(min=1e-300)
+    return z / norm.clamp(min=1e-30)
 
 
 def ascend(
@@ -75,10 +74,11 @@ def ascend(
     ``evaluate(u, gradient)`` gives the point at u; the last one is asked for without its gradient. What ``movable``, a
     boolean vector, holds fixed stays 0.
     """
+    # the projection is Euclidean: another p-norm's steepest direction would lead past the maximum, but for the box
+    metric = p if p == math.inf else 2
     here = best = origin
     previous = origin.u
-    path: list[Point] = []  # the last points, the newest first, and whether each step to them was on a quadratic
-    smooth: list[bool] = []
+    path = Path(origin, WINDOW) if p == 2 else None
     history = [0.0]
     length = 2 * rho
     checkpoints = _checkpoints(steps)
@@ -89,31 +89,32 @@ def ascend(
 
     for step in range(1, steps + 1):
         mirrored = step == steps // 2 + 1 and _is_even(best, origin)
-        guess = maximum(path, origin, rho) if p == 2 and path and all(smooth) else None
+        guess = path.maximum(rho) if path else None
         if mirrored:
             u = -best.u
-        elif step == 1 and (random_start or not origin.gradient.any()):
+        elif step == 1 and (random_start or not _largest(origin.gradient) > 0):
             u = random()
         elif step == 1:
             # a little noise: the gradient may miss the direction of the largest curvature altogether
-            u = nearest_in_ball(length * steepest(origin.gradient, p) + NOISE * random(), p, rho)
-        elif guess is not None and guess.gradient.any():
+            u = steepest(origin.gradient, metric).mul_(length).add_(random(), alpha=NOISE)
+            u = nearest_in_ball(u, p, rho)
+        elif guess is not None and _largest(guess.gradient) > 0:
             u = guess.u
             if step < steps:
-                u = nearest_in_ball(u + min(length, guess.reach) * steepest(guess.gradient, p), p, rho)
+                u = nearest_in_ball(u.add_(steepest(guess.gradient, p), alpha=min(length, guess.reach)), p, rho)
         else:
-            target = nearest_in_ball(here.u + length * steepest(here.gradient, p), p, rho)
-            u = MOMENTUM * target + (1 - MOMENTUM) * (2 * here.u - previous)
-            u = nearest_in_ball(u, p, rho)
+            # in place: at this size an allocation costs more than the arithmetic
+            target = nearest_in_ball(steepest(here.gradient, metric).mul_(length).add_(here.u), p, rho)
+            momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
+            u = nearest_in_ball(momentum, p, rho)
         point = evaluate(u, step < steps)
         if point.value == math.inf:  # no worse point is to be found
             return Ascent(u, math.inf, (*history, *[math.inf] * (steps - step + 1)))
-        if math.isnan(point.value) or not point.gradient.isfinite().all():
+        if math.isnan(point.value) or (step < steps and not math.isfinite(_largest(point.gradient))):
             point = best
         improved += point.value > here.value
-        if p == 2 and step < steps:
-            smooth = [is_quadratic(point, path[0] if path else origin), *smooth[: WINDOW - 1]]
-            path = [point, *path[: WINDOW - 1]]
+        if path and step < steps:
+            path.append(point)
         previous, here = here.u, point
         if point.value > best.value:
             best = point
@@ -126,8 +127,15 @@ def ascend(
             improved, since, best_then = 0, step, best.value
         if restart and step < steps:
             here, previous = best, best.u
-            path, smooth = ([best], [is_quadratic(best, origin)]) if best is not origin and p == 2 else ([], [])
+            if path:
+                path.restart(best)
     return Ascent(best.u, history[-1], tuple(history))
+
+
+def _largest(vector: Tensor) -> float:
+    """The largest magnitude; nan if there is a nan."""
+    low, high = torch.stack(torch.aminmax(vector)).tolist()
+    return max(-low, high) if low == low else math.nan
 
 
 def _is_even(best: Point, origin: Point) -> bool:

@@ -81,7 +81,7 @@ def average_sharpness(
                 pair.append(evaluation.means(objective.pieces)["loss"])
             pairs.append(sum(pair) / 2)
     perturbed = mean(pairs, [1] * len(pairs))
-    eps = torch.finfo(scales.dtype).eps
+    eps = max(torch.finfo(param.dtype).eps for param in objective.params.values())
     return AverageSharpness(
         value=perturbed - base,
         stderr=stderr(pairs, [1] * len(pairs)),

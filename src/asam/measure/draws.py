@@ -19,9 +19,9 @@ def draw(like: Tensor, seed: int, index: int, noise: str) -> Tensor:
     """
     generator = generator_of(seed, index)
     if noise == "normal":
-        z = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+        z = torch.randn(like.shape, generator=generator, dtype=torch.float32)
     elif noise == "uniform":
-        z = torch.rand(like.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        z = torch.rand(like.shape, generator=generator, dtype=torch.float32) * 2 - 1
     else:
         z = torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1
     return z.to(like)

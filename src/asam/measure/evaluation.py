@@ -51,15 +51,21 @@ class Evaluation:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def move(self, perturbation: Tensor | None) -> None:
-        """Bring the model to w + e, with e one vector of all parameters; None: to w itself."""
+    def move(self, perturbation: Tensor | None, scales: Tensor | None = None) -> None:
+        """Bring the model to w + e, with e one vector of all parameters (times ``scales``); None: to w itself."""
         with torch.no_grad():
             if perturbation is None:
                 torch._foreach_copy_([param.data for param in self._params], self.weights)
                 return
-            parts = torch.split(perturbation, [weight.numel() for weight in self.weights])
-            for param, weight, part in zip(self._params, self.weights, parts, strict=True):
-                torch.add(weight, part.view_as(weight).to(weight.device), out=param.data)
+            sizes = [weight.numel() for weight in self.weights]
+            parts = torch.split(perturbation, sizes)
+            factors = [None] * len(sizes) if scales is None else torch.split(scales, sizes)
+            for param, weight, part, factor in zip(self._params, self.weights, parts, factors, strict=True):
+                e = part.view_as(weight).to(weight.device)
+                if factor is None:
+                    torch.add(weight, e, out=param.data)
+                else:
+                    torch.addcmul(weight, factor.view_as(weight).to(weight.device), e, out=param.data)
 
     def put(self, state: Mapping[str, Tensor]) -> None:
         """Give parameters and buffers these values, by their names in the state dict."""
@@ -85,18 +91,22 @@ class Evaluation:
     def loss_and_gradient(self, pieces: Sequence[Piece], *, require_use: bool = False) -> tuple[float, Tensor]:
         """The mean loss over the pieces and its gradient, one vector of all parameters."""
         examples = sum(piece.size for piece in pieces)
-        total: Any = 0.0
+        losses: list[Tensor] = []
         gradient: list[Tensor] = []
-        for piece in pieces:
-            with torch.enable_grad():
+        with torch.enable_grad():
+            for piece in pieces:
                 loss, _ = self._call(piece)
                 grads = torch.autograd.grad(loss, self._params, allow_unused=True)
-            if require_use and all(grad is None for grad in grads):
-                raise ValueError("the loss depends on none of the parameters: loss_fn must use the model it is given")
-            total = total + loss.detach().double() * piece.size
-            _accumulate(gradient, grads, self._params, piece.size / examples)
-            self._restore_buffers()
-        return float(total) / examples, _joined(gradient)
+                if require_use and all(grad is None for grad in grads):
+                    raise ValueError(
+                        "the loss depends on none of the parameters: loss_fn must use the model it is given"
+                    )
+                losses.append(loss.detach())
+                _accumulate(gradient, grads, self._params, piece.size / examples)
+                self._restore_buffers()
+        sizes = torch.tensor([piece.size for piece in pieces], dtype=torch.float64)
+        mean = torch.stack(losses).double().cpu() @ sizes / examples
+        return float(mean), _joined(gradient)
 
     def hessian_product(self, pieces: Sequence[Piece], vectors: Tensor) -> Tensor:
         """H v for every row v of ``vectors`` (k, n): a graph of the gradient per piece, used k times."""
@@ -125,7 +135,7 @@ class Evaluation:
                 self._restore_buffers()
         return torch.stack([_joined(product) for product in products])
 
-    def _call(self, piece: Piece) -> tuple[Tensor, dict[str, Any]]:
+    def _call(self, piece: Piece) -> tuple[Tensor, Mapping[str, Any]]:
         result = self._loss_fn(self._model, piece.batch)
         loss, others = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
@@ -133,7 +143,7 @@ class Evaluation:
             raise ValueError(f"loss_fn must return the mean loss of the batch, a real scalar tensor, got {got}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("the loss has no gradient: loss_fn must not detach it or run under torch.no_grad()")
-        return loss.reshape(()), dict(others)
+        return loss if loss.ndim == 0 else loss.reshape(()), others
 
     def _restore(self) -> None:
         self.move(None)
@@ -165,16 +175,17 @@ def _exact_arithmetic(stack: ExitStack, model: nn.Module, device_types: set[str]
 
 
 def _accumulate(total: list[Tensor], grads: Sequence[Tensor | None], params: Sequence[Tensor], weight: float) -> None:
+    """Add the weighted gradients to the total, which is empty before the first; in float32 at least."""
+    parts = []
+    for grad, param in zip(grads, params, strict=True):
+        part = torch.zeros_like(param) if grad is None else grad
+        part = part.to_dense() if part.layout != torch.strided else part
+        parts.append(part.float() if part.dtype in (torch.float16, torch.bfloat16) else part)
     with torch.no_grad():
-        for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
-            dtype = torch.promote_types(param.dtype, torch.float32)
-            part = torch.zeros_like(param, dtype=dtype) if grad is None else grad.detach().to(dtype)
-            if part.layout != torch.strided:
-                part = part.to_dense()
-            if i < len(total):
-                total[i].add_(part, alpha=weight)
-            else:
-                total.append(part * weight)
+        if total:
+            torch._foreach_add_(total, parts, alpha=weight)
+        else:
+            total.extend(torch._foreach_mul(parts, weight))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -116,18 +116,19 @@ def gibbs_certificate(
     with objective.evaluation() as evaluation:
         weights = dict(zip(objective.params, evaluation.weights, strict=True))
         scales = objective.flat(geometry.scales(weights))
-        for index in range(samples):
-            evaluation.move(sigma * scales * draw(objective.like, seed, index, "normal"))
-            means = evaluation.means(objective.pieces)
-            if "error" not in means:
-                raise ValueError("loss_fn must return the 0-1 error: (loss, {'error': ...})")
-            errors.append(means["error"])
+        # before the weights move: the prior may be the model's own parameters
         kl = _kl_of_gaussians(
             objective.flat(weights),
             sigma * scales,
             objective.flat(before),
             prior_sigma * objective.flat(geometry.scales(before)),
         )
+        for index in range(samples):
+            evaluation.move(sigma * scales * draw(objective.like, seed, index, "normal"))
+            means = evaluation.means(objective.pieces)
+            if "error" not in means:
+                raise ValueError("loss_fn must return the 0-1 error: (loss, {'error': ...})")
+            errors.append(means["error"])
     sample_error = math.fsum(errors) / samples
     check_number("the error that loss_fn returns", sample_error, "in [0, 1]", lambda error: 0 <= error <= 1)
     sample_error_bound = inverse_kl(sample_error, math.log(2 / delta) / samples)

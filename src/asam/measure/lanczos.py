@@ -157,7 +157,8 @@ def spectral_density(
         used += len(alphas)
     node, weight = torch.cat(nodes), torch.cat(weights)
     low, high = float(node.min()), float(node.max())
-    width = sigma if sigma is not None else 0.01 * (high - low) or 1e-3 * abs(high) or 1e-3
+    # nodes that differ by rounding only have no range
+    width = sigma if sigma is not None else max(0.01 * (high - low), 1e-5 * max(-low, high)) or 1e-3
     grid = torch.linspace(low - 4 * width, high + 4 * width, points, dtype=torch.float64)
     bumps = torch.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * math.sqrt(2 * math.pi))
     return SpectralDensity(node, weight, grid, bumps @ weight, width, used)
@@ -173,7 +174,7 @@ def _lanczos(operator: Operator, seed: int) -> Iterator[tuple[Tensor, float, flo
     scale, index, vector = 0.0, 0, None
     while len(basis) < size:
         if vector is None:
-            start = torch.randn(size, generator=generator_of(seed, index), dtype=torch.float64).to(
+            start = torch.randn(size, generator=generator_of(seed, index), dtype=torch.float32).to(
                 operator.device, operator.dtype
             )
             vector = _orthogonal(start / start.norm(), basis)

@@ -122,7 +122,7 @@ def loss_line(
         ([0.0, 1.0, 2.0], True)
     """
     positions = _grid("span", span, points)
-    d = objective.flat(direction)
+    d = objective.flat(direction).clone()  # it may be a view of the weights, which move
     with objective.evaluation() as evaluation:
         means = []
         for position in positions.tolist():
@@ -152,7 +152,7 @@ def loss_plane(
         torch.Size([3, 3])
     """
     x, y = _grid("x_span", x_span, points), _grid("y_span", y_span, points)
-    dx, dy = objective.flat(x_direction), objective.flat(y_direction)
+    dx, dy = objective.flat(x_direction).clone(), objective.flat(y_direction).clone()
     with objective.evaluation() as evaluation:
         means = []
         for a in x.tolist():

@@ -1,9 +1,7 @@
 """The quadratic through a few points of a function: where its maximum on a ball is."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,17 +16,6 @@ class Point:
     gradient: Tensor
 
 
-def is_quadratic(a: Point, b: Point) -> bool:
-    """Whether the function is a quadratic between two points, within 2 % and rounding.
-
-    The trapezoid rule is exact for one.
-    """
-    change = a.value - b.value
-    trapezoid = 0.5 * float((a.gradient + b.gradient) @ (a.u - b.u))
-    rounding = 4 * torch.finfo(a.u.dtype).eps * abs(a.value)
-    return abs(change - trapezoid) <= 0.02 * abs(change) + rounding
-
-
 @dataclass(frozen=True)
 class Maximum:
     """The maximizer, the gradient there, and how far along it the quadratic may rise (inf from the sphere)."""
@@ -38,35 +25,72 @@ class Maximum:
     reach: float
 
 
-def maximum(points: Sequence[Point], origin: Point, rho: float) -> Maximum | None:
-    """The maximum of the quadratic in the ball ``||u||_2 <= rho`` of the span of the points.
+class Path:
+    """The last points of an ascent, and where the quadratic through them has its maximum in a ball.
 
-    With S the points (as offsets from the origin, u = 0) and Y = H S the differences of their gradients, the function
-    on the span of S is known exactly: no product with H is needed. None if the points span nothing.
+    With S the points as offsets from the origin, u = 0, and Y = H S the differences of their gradients, a quadratic is
+    known exactly on the span of S: no product with H is needed. The rows of S are the newest point and the steps that
+    led to it, since points that are close to each other would be nearly parallel.
     """
-    # differences of consecutive points: close points as they are would be nearly parallel
-    u = [point.u for point in points]
-    g = [point.gradient for point in points]
-    offsets = torch.stack([u[0], *(a - b for a, b in pairwise(u))])
-    changes = torch.stack([g[0] - origin.gradient, *(a - b for a, b in pairwise(g))])
-    lengths = offsets.norm(dim=1, keepdim=True)
-    held = lengths[:, 0] > 0
-    if not held.any():
-        return None
-    offsets, changes = offsets[held] / lengths[held], changes[held] / lengths[held]
-    # an orthonormal basis of the span, without the directions that rounding has made
-    squares, vectors = torch.linalg.eigh((offsets @ offsets.T).double())
-    kept = squares > 100 * torch.finfo(offsets.dtype).eps * squares[-1]
-    basis = vectors[:, kept] / squares[kept].sqrt()
-    hessian = basis.T @ (offsets @ changes.T).double() @ basis
-    hessian = (hessian + hessian.T) / 2
-    coordinates = _trust_region(hessian, basis.T @ (offsets @ origin.gradient).double(), rho)
-    weights = (basis @ coordinates).to(offsets)
-    u_max, gradient = weights @ offsets, origin.gradient + weights @ changes
-    reach = math.inf
-    if coordinates.norm() < rho * (1 - 1e-6):
-        reach = float(gradient.norm() / torch.linalg.eigvalsh(hessian).abs().max())
-    return Maximum(u_max, gradient, reach)
+
+    def __init__(self, origin: Point, length: int) -> None:
+        self._origin = origin
+        self._offsets = origin.u.new_zeros(length, len(origin.u))
+        self._changes = torch.zeros_like(self._offsets)
+        self._newest: Point | None = None
+        self._smooth: list[bool] = []
+
+    def restart(self, point: Point) -> None:
+        """Forget all points but this one."""
+        self._newest, self._smooth = None, []
+        self._offsets.zero_()
+        self._changes.zero_()
+        self.append(point)
+
+    def append(self, point: Point) -> None:
+        """Go on to a point, and forget the oldest."""
+        before = self._newest or self._origin
+        row = 1 + len(self._smooth) % (len(self._offsets) - 1) if self._newest else 0
+        step = torch.sub(point.u, before.u, out=self._offsets[row])
+        torch.sub(point.gradient, before.gradient, out=self._changes[row])
+        # the trapezoid rule is exact for a quadratic; 2 % and rounding are allowed
+        trapezoid = 0.5 * float(point.gradient @ step + before.gradient @ step)
+        change = point.value - before.value
+        rounding = 4 * torch.finfo(step.dtype).eps * abs(point.value)
+        self._smooth.append(abs(change - trapezoid) <= 0.02 * abs(change) + rounding)
+        if self._newest:
+            self._offsets[0] = point.u
+            torch.sub(point.gradient, self._origin.gradient, out=self._changes[0])
+        self._newest = point
+
+    def maximum(self, rho: float) -> Maximum | None:
+        """The maximum in ``||u||_2 <= rho`` and the span, if the function has been quadratic all along the path."""
+        if not self._smooth or not all(self._smooth[-len(self._offsets) :]):
+            return None
+        offsets, changes = self._offsets, self._changes
+        products = (offsets @ offsets.T).double()
+        lengths = products.diagonal().sqrt()
+        held = lengths > 0
+        if not held.any():
+            return None
+        lengths = lengths[held]
+        scale = lengths.outer(lengths)
+        # an orthonormal basis of the span, without the directions that rounding has made
+        squares, vectors = torch.linalg.eigh(products[held][:, held] / scale)
+        kept = squares > 100 * torch.finfo(offsets.dtype).eps * squares[-1]
+        basis = vectors[:, kept] / squares[kept].sqrt()
+        hessian = basis.T @ ((offsets @ changes.T).double()[held][:, held] / scale) @ basis
+        hessian = (hessian + hessian.T) / 2
+        gradient = basis.T @ ((offsets @ self._origin.gradient).double()[held] / lengths)
+        coordinates = _trust_region(hessian, gradient, rho)
+        weights = torch.zeros(len(offsets), dtype=torch.float64, device=offsets.device)
+        weights[held] = (basis @ coordinates) / lengths
+        weights = weights.to(offsets)
+        gradient_there = torch.addmv(self._origin.gradient, changes.T, weights)
+        reach = math.inf
+        if coordinates.norm() < rho * (1 - 1e-6):
+            reach = float(gradient_there.norm() / torch.linalg.eigvalsh(hessian).abs().max())
+        return Maximum(offsets.T @ weights, gradient_there, reach)
 
 
 def _trust_region(hessian: Tensor, gradient: Tensor, rho: float) -> Tensor:
@@ -74,24 +98,25 @@ def _trust_region(hessian: Tensor, gradient: Tensor, rho: float) -> Tensor:
 
     It is ``(mu I - H)^-1 g`` with mu at least the largest eigenvalue and 0; mu is found by bisection on the norm.
     """
-    values, vectors = torch.linalg.eigh(hessian)
-    g = vectors.T @ gradient
-    top = float(values[-1])
-    if top < 0 and (g / values).norm() <= rho:
-        inside: Tensor = vectors @ (-g / values)
-        return inside
+    eigenvalues, vectors = torch.linalg.eigh(hessian)
+    values: list[float] = eigenvalues.tolist()
+    g: list[float] = (vectors.T @ gradient).tolist()
+    top = values[-1]
 
-    def at(mu: float) -> Tensor:
-        return torch.where(mu > values, g / (mu - values).clamp(min=1e-300), 0.0)
+    def at(mu: float) -> list[float]:
+        return [part / (mu - value) if mu > value else 0.0 for part, value in zip(g, values, strict=True)]
 
-    low = max(top, 0.0)
-    high = low + float(g.norm()) / rho
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if at(middle).norm() > rho else (low, middle)
-    u = at(high)
-    missing = rho**2 - float(u.norm()) ** 2
-    if top > 0 and missing > 0:  # the gradient has no part along the top eigenvector: fill the ball up with it
-        u[-1] = math.copysign(math.sqrt(missing + float(u[-1]) ** 2), float(g[-1]))
-    on_sphere: Tensor = vectors @ u
-    return on_sphere
+    if top < 0 and math.hypot(*at(0.0)) <= rho:
+        u = at(0.0)
+    else:
+        low = max(top, 0.0)
+        high = low + math.hypot(*g) / rho
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if math.hypot(*at(middle)) > rho else (low, middle)
+        u = at(high)
+        missing = rho**2 - math.hypot(*u) ** 2
+        if top > 0 and missing > 0:  # the gradient has no part along the top eigenvector: fill the ball up with it
+            u[-1] = math.copysign(math.sqrt(missing + u[-1] ** 2), g[-1])
+    maximizer: Tensor = vectors @ vectors.new_tensor(u)
+    return maximizer

@@ -172,7 +172,7 @@ class _Ball:
         self.p = float(geometry.p)
         self.weights = objective.flat(weights)
         self.scales = objective.flat(geometry.scales(weights))
-        self.eps = torch.finfo(self.scales.dtype).eps
+        self.eps = max(torch.finfo(weight.dtype).eps for weight in evaluation.weights)
 
 
 class _Climb:
@@ -186,14 +186,14 @@ class _Climb:
         check_finite(self.base)
         self.origin = Point(torch.zeros_like(gradient), self.base, ball.scales * gradient)
         # w + e is rounded to the precision of the weights, and the loss to its own
-        self.rounding = ball.eps * (abs(self.base) + float((ball.weights * gradient).norm()))
+        self.rounding = ball.eps * (abs(self.base) + float((ball.weights.double() * gradient.double()).norm()))
 
     def evaluate(self, u: Tensor, with_gradient: bool) -> Point:
-        self.ball.evaluation.move(self.ball.scales * u)
+        self.ball.evaluation.move(u, self.ball.scales)
         if not with_gradient:
             return Point(u, self.ball.evaluation.means(self.pieces)["loss"], u[:0])
         value, gradient = self.ball.evaluation.loss_and_gradient(self.pieces)
-        return Point(u, value, self.ball.scales * gradient)
+        return Point(u, value, gradient.mul_(self.ball.scales))
 
     def one_step(self, rho: float) -> Ascent:
         """The rise at the maximizer of the linearized loss, or none where the loss falls there."""

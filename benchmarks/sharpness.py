@@ -1,0 +1,59 @@
+"""A measurement of worst-case sharpness with 20 steps, beside the bare passes that it cannot do without.
+
+These are 20 forward and backward passes over the data and one forward pass, by torch.autograd.grad in eval mode.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from measure import clocked, median, ratio, rounds_of
+from torch import Tensor, nn
+from workloads import CLASSES, Workload
+
+from asam.measure import Geometry, Objective, worst_case_sharpness
+
+STEPS = 20
+PASSES = "bare passes"
+RHO = 0.5
+
+
+def measure_sharpness(workload: Workload, batches: int, budget: float) -> dict[str, Any]:
+    model = workload.model
+    targets = torch.arange(len(workload.inputs)) % CLASSES
+    data = [(workload.inputs, targets)] * batches
+    params = list(model.parameters())
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def passes() -> None:
+        model.eval()
+        for _ in range(STEPS):
+            for batch in data:
+                torch.autograd.grad(loss_fn(model, batch), params)
+        with torch.no_grad():
+            for batch in data:
+                loss_fn(model, batch)
+        model.train()
+
+    objective = Objective(model, loss_fn, data)
+
+    def ours(geometry: Geometry) -> Callable[[], object]:
+        return lambda: worst_case_sharpness(objective, RHO / (1 if geometry.p == 2 else 100), geometry=geometry)
+
+    variants = {
+        PASSES: passes,
+        f"{PASSES}, again": passes,
+        "sharpness, p = 2": ours(Geometry("none")),
+        "adaptive, p = 2": ours(Geometry(eta=0)),
+        "adaptive, p = inf": ours(Geometry(eta=0, p=math.inf)),
+    }
+    samples = rounds_of({name: clocked(variant) for name, variant in variants.items()}, budget, at_least=2)
+    rows = [
+        {"variant": name, "milliseconds": 1e3 * median(times), f"x {PASSES}": ratio(times, samples[PASSES])}
+        for name, times in samples.items()
+    ]
+    title = f"Sharpness, {STEPS} steps, {objective.examples} examples: {workload.title}"
+    return {"title": title, "rounds": len(samples[PASSES]), "rows": rows}

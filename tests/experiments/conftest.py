@@ -1,0 +1,33 @@
+import shutil
+
+import pytest
+
+
+@pytest.fixture
+def browser():
+    """Opens a page in headless Chromium, in a window of some width; with WebGL in software."""
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if not (driver and chromium):
+        pytest.skip("chromium and chromedriver are not installed")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = """--headless --no-sandbox --use-gl=angle --use-angle=swiftshader --enable-unsafe-swiftshader
+        --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync
+        --disable-dev-shm-usage"""
+    for flag in flags.split():
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    page = webdriver.Chrome(options, webdriver.ChromeService(driver))
+
+    def open_page(path, width):
+        page.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False},
+        )
+        page.get(path.as_uri())
+        return page
+
+    yield open_page
+    page.quit()

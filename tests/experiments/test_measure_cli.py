@@ -1,0 +1,280 @@
+"""`asam measure` and `asam landscape` as a user meets them: on runs, on a model of their own, with wrong arguments."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from asam.experiments import cli
+from asam.experiments.compare import _one
+from asam.experiments.training import Run
+from asam.measure import Geometry, LossPlane, Objective, hessian, worst_case_sharpness
+
+OWN = """
+import torch
+from torch import nn
+
+def make():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    inputs = torch.randn(40, 3)
+    data = [(part, (part[:, 0] > 0).long()) for part in inputs.split(16)]
+    return model, loss_fn, data
+
+def with_held_out():
+    return *make(), make()[2]
+
+def loss_fn(model, batch):
+    logits = model(batch[0])
+    return nn.functional.cross_entropy(logits, batch[1]), {"error": (logits.argmax(1) != batch[1]).double().mean()}
+
+def dropout():
+    return nn.Linear(3, 2), lambda model, batch: nn.functional.dropout(model(batch[0])).mean(), make()[2]
+
+def wrong():
+    return 1, 2, 3
+
+def broken():
+    raise OSError("no such data")
+"""
+QUICK = ["--samples", "2", "--steps", "3", "--eigenvalues", "1"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compare") / "runs"
+    folder.mkdir()
+    for method, model in (("sgd", "mlp"), ("asam", "mlp"), ("sgd", "cnn")):
+        _one(Run(method, seed=0, rho=1.0, epochs=1, model=model), folder / f"{method}-{model}")
+    return folder
+
+
+@pytest.fixture
+def asam(monkeypatch, capsys, tmp_path):
+    """The command line in an empty folder that holds the user's module, with its exit code and output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "own.py").write_text(OWN)
+    sys.modules.pop("own", None)
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["asam", *map(str, arguments)])
+        code = cli.run()
+        return code, *capsys.readouterr()
+
+    yield command
+    sys.modules.pop("own", None)
+
+
+def test_measure_a_run(asam, runs):
+    code, out, _ = asam("measure", runs / "sgd-mlp", "--json", *QUICK)
+    assert code == 0
+    found = json.loads(out)
+    assert (found["examples"], found["parameters"]) == (500, 26122)
+    assert {row["quantity"] for row in found["rows"]} == {
+        *(f"{kind}, {case} case" for kind in ("sharpness", "adaptive") for case in ("worst", "average")),
+        *(f"{what} of {which}" for what in ("top eigenvalues", "trace") for which in ("H", "THT")),
+    }
+    outcome = json.loads((runs / "sgd-mlp.json").read_text())["outcome"]
+    assert 100 * found["training"]["error"] == pytest.approx(outcome["train_error"])
+    noisy, clean = found["held_out"].values()
+    assert 100 * clean["error"] == pytest.approx(outcome["test_error"])
+    assert 100 * noisy["error"] == pytest.approx(outcome["train_error"] + outcome["generalization_gap"])
+    assert [bound["explanation"].split()[0] for bound in found["bounds"]] == ["SAM", "ASAM", "Gibbs", "Held-out"]
+
+
+def test_the_numbers_are_those_of_the_library(asam, tmp_path):
+    code, out, _ = asam("measure", "own:make", "--json", "--rho", 0.3, "--adaptive-rho", 0.7, *QUICK)
+    assert code == 0
+    found = json.loads(out)
+    sys.path.insert(0, str(tmp_path))
+    import own
+
+    objective = Objective(*own.make())
+    k = 50
+    by_ball = {(row["quantity"], row.get("p")): row for row in found["rows"]}
+    adaptive = {"normalization": "elementwise", "eta": 0, "bias": "scaled"}
+    for quantity, ball, rho in (("sharpness", {"normalization": "none"}, 0.3), ("adaptive", adaptive, 0.7)):
+        for p, size in ((2, rho), (math.inf, rho / math.sqrt(k))):
+            expected = worst_case_sharpness(objective, size, geometry=Geometry(p=p, **ball), steps=3)
+            row = by_ball[f"{quantity}, worst case", str(p)]
+            assert (row["rho"], row["value"]) == (expected.rho, expected.value)
+    dense = hessian(objective) @ torch.eye(k)
+    top = float(torch.linalg.eigvalsh(dense)[-1])
+    assert by_ball["top eigenvalues of H", None]["value"][0] == pytest.approx(top, rel=1e-3)
+    assert found["held_out"] == {}
+    assert [bound["explanation"].split()[0] for bound in found["bounds"]] == ["SAM", "ASAM"]
+
+
+def test_measure_prints_a_table(asam):
+    code, out, err = asam("measure", "own:with_held_out", *QUICK)
+    assert code == 0
+    assert all(text in out for text in ("50 parameters", "40 training examples", "held-out error", "trace of THT"))
+    assert "Held-out bound" in out
+    assert "measuring own:with_held_out" in err
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("wrapped", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}])
+def test_measure_a_checkpoint_of_ones_own(asam, tmp_path, wrapped):
+    sys.path.insert(0, str(tmp_path))
+    import own
+
+    model, loss_fn, data = own.make()
+    nn.init.constant_(model[2].bias, 3.0)
+    torch.save(wrapped(model.state_dict()), tmp_path / "weights.pt")
+    code, out, _ = asam("measure", "weights.pt", "--model", "own:make", "--json", *QUICK)
+    assert code == 0
+    assert json.loads(out)["training"]["loss"] == Objective(model, loss_fn, data).loss()
+
+
+def test_only_so_many_examples(asam):
+    code, out, _ = asam("measure", "own:make", "--examples", 21, "--json", *QUICK)
+    assert (code, json.loads(out)["examples"]) == (0, 21)
+
+
+def test_m_sharpness_has_a_standard_error(asam):
+    code, out, _ = asam("measure", "own:make", "--m", 8, "--json", *QUICK)
+    assert code == 0
+    assert all(row["stderr"] > 0 for row in json.loads(out)["rows"] if "worst" in row["quantity"])
+
+
+def test_normalized_logits_change_the_loss_and_not_the_error(asam, runs):
+    plain, normalized = (
+        json.loads(asam("measure", runs / "sgd-mlp", "--json", *QUICK, *option)[1])["training"]
+        for option in ([], ["--normalize-logits"])
+    )
+    assert plain["error"] == normalized["error"]
+    assert plain["loss"] != normalized["loss"]
+
+
+def test_landscape_of_runs(asam, runs, tmp_path):
+    names = ["sgd-mlp", "asam-mlp", "sgd-cnn"]
+    code, out, _ = asam("landscape", *(runs / name for name in names), "--points", 5, "--out", "slices")
+    assert code == 0
+    files = {file.name for file in (tmp_path / "slices").iterdir()}
+    assert files == {
+        *(f"{kind}-{name}.npz" for kind in ("plane", "line") for name in names),
+        "way-sgd-mlp-to-asam-mlp.npz",  # the cnn is of another architecture
+        *("planes.svg", "lines.svg", "landscape.html"),
+    }
+    assert all(name in out for name in files)
+    outcome = json.loads((runs / "sgd-mlp.json").read_text())["outcome"]
+    plane = LossPlane.load(tmp_path / "slices" / "plane-sgd-mlp.npz")
+    assert plane.x[2] == plane.y[2] == 0
+    assert 100 * plane.values["error"][2, 2] == pytest.approx(outcome["train_error"])
+    way = np.load(tmp_path / "slices" / "way-sgd-mlp-to-asam-mlp.npz")
+    assert way["loss"][0] == plane.values["loss"][2, 2]
+    page = (tmp_path / "slices" / "landscape.html").read_text()
+    assert "<script src" not in page
+    assert all(name in page for name in names)
+
+
+def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
+    assert asam("landscape", "own:make", "--points", 3)[0] == 0
+    (tmp_path / "asam-landscape" / "mine.txt").write_text("kept")
+    before = (tmp_path / "asam-landscape" / "landscape.html").stat().st_mtime_ns
+    code, _, err = asam("landscape", "own:make", "--points", 3)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--force" in err
+    assert (tmp_path / "asam-landscape" / "landscape.html").stat().st_mtime_ns == before
+    assert asam("landscape", "own:make", "--points", 3, "--force")[0] == 0
+    assert (tmp_path / "asam-landscape" / "mine.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["measure"], "Missing argument 'target'"),
+        (["measure", "nothing"], "nothing is not a run of asam compare, and there is no such file"),
+        (["measure", "own.py"], "name the function that makes its model with --model module:function"),
+        (["measure", "nothing.pt", "--model", "own:make"], "there is no checkpoint nothing.pt"),
+        (["measure", "own.py", "--model", "own:make"], "own.py does not load as weights only"),
+        (["measure", "other.pt", "--model", "own:make"], "the checkpoint does not fit the model"),
+        (["measure", "list.pt", "--model", "own:make"], "list.pt holds no state dict"),
+        (["measure", "pickle.pt", "--model", "own:make"], "pickle.pt does not load as weights only"),
+        (["measure", "own:nothing"], "own:nothing: AttributeError"),
+        (["measure", "nowhere:make"], "nowhere:make: ModuleNotFoundError"),
+        (["measure", ":make"], "a function is named module:function, got ':make'"),
+        (["measure", "own:wrong"], "own:wrong must return (model, loss_fn, data)"),
+        (["measure", "own:broken"], "own:broken: OSError: no such data"),
+        (["measure", "own:dropout"], "the loss is not deterministic"),
+        (["measure", "own:make", "--normalize-logits"], "--normalize-logits is for runs"),
+        (["measure", "own:make", "--rho", "-1"], "--rho must be a finite number > 0, got -1"),
+        (["measure", "own:make", "--adaptive-rho", "nan"], "--adaptive-rho must be a finite number > 0, got nan"),
+        (["measure", "own:make", "--eta", "-1"], "--eta must be a finite number >= 0, got -1"),
+        (["measure", "own:make", "--samples", "3"], "--samples must be even, got 3"),
+        (["measure", "own:make", "--steps", "0"], "Invalid value for '--steps'"),
+        (["measure", "own:make", "--bias", "free"], "Invalid value for '--bias'"),
+        (["landscape"], "Missing argument 'targets'"),
+        (["landscape", "own:make", "own:make"], "two targets are called own:make"),
+        (["landscape", "own:make", "--span", "inf"], "--span must be a finite number > 0, got inf"),
+        (["landscape", "own:make", "--out", "own.py"], "own.py is a file: choose another --out"),
+        (["landscape", "own:dropout"], "the loss is not deterministic"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(asam, tmp_path, arguments, message):
+    torch.save({"other": torch.ones(2)}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save(nn.Linear(1, 1), tmp_path / "pickle.pt")
+    code, out, err = asam(*arguments)
+    last = err.strip().splitlines()[-1]
+    assert code == 2
+    assert message in last
+    assert last.startswith("asam: ")
+    assert out == ""
+
+
+def test_a_folder_of_runs_is_not_a_run(asam, runs):
+    code, _, err = asam("measure", runs.parent)
+    assert code == 2
+    assert f"{runs.parent} is a folder: name one of its runs, such as {runs / 'asam-mlp'}" in err
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"run": {"method": "sgd"}}', '{"run": {"speed": 1}}', "[]"])
+def test_a_file_that_is_not_a_run(asam, tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    code, _, err = asam("measure", "run.json")
+    assert code == 2
+    assert "run.json is not a run of asam compare" in err
+
+
+@pytest.mark.parametrize("command", ["measure", "landscape"])
+def test_help_fits_80_columns(asam, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = asam(command, "--help")
+    assert code == 0
+    assert "--examples" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1200, 420])
+def test_the_landscape_page_in_a_browser(asam, browser, runs, tmp_path, width):
+    assert asam("landscape", runs / "sgd-mlp", runs / "asam-mlp", "--points", 5)[0] == 0
+    page = browser(tmp_path / "asam-landscape" / "landscape.html", width)
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
+    surfaces, lines = (
+        page.execute_script(
+            f"return [...document.querySelectorAll('.plot.{kind} {drawn}')].map(e => e.getBoundingClientRect().width)"
+        )
+        for kind, drawn in (("surface", "canvas"), ("lines", ".main-svg:first-child"))
+    )
+    assert (len(surfaces), len(lines)) == (2, 2)
+    assert all(200 < drawn < width for drawn in [*surfaces, *lines])
+    assert page.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    # turning one surface turns the other
+    page.execute_script(
+        "Plotly.relayout(document.querySelector('.surface'), {'scene.camera': {eye: {x: 2, y: 1, z: 0.5}}})"
+    )
+    page.set_script_timeout(20)
+    eye = page.execute_async_script(
+        "const done = arguments[0]; const other = document.querySelectorAll('.surface')[1];"
+        "(function look() { const eye = other.layout.scene.camera.eye;"
+        "eye.x == 2 ? done(eye) : setTimeout(look, 50) })()"
+    )
+    assert (eye["x"], eye["y"], eye["z"]) == (2, 1, 0.5)
