@@ -2,8 +2,8 @@
 
     python benchmarks/bench.py [--quick] [--large] [--json PATH]
 
-Two measurements: training steps (steps.py), and ascent and restore alone (ascent.py). One thread on one core, CPU
-time, all variants once in each round, ratios within a round: medians and bootstrap 95 % intervals (measure.py). The
+Three measurements: training steps (steps.py), ascent and restore alone (ascent.py), and sharpness (sharpness.py). One
+thread on one core, CPU time, all variants once in each round, ratios within a round: medians and bootstrap 95 % intervals (measure.py). The
 row "again" is the yardstick once more: no difference smaller than its interval means anything. The other
 implementation is pytorch_optimizer's SAM with adaptive=True, as it is and with foreach=True.
 """
@@ -23,6 +23,7 @@ from ascent import measure_ascent
 from measure import hardware, settle
 from rich.console import Console
 from rich.table import Table
+from sharpness import measure_sharpness
 from steps import measure_steps
 from workloads import weights, workloads
 
@@ -74,6 +75,9 @@ def main() -> None:
         _show(console, results[-1])
     for lists in weights(arguments.large):
         results.append(measure_ascent(lists, budget))
+        _show(console, results[-1])
+    for workload, batches in zip(workloads(), (20, 16, 8, 1), strict=True):
+        results.append(measure_sharpness(workload, batches, budget / 2))
         _show(console, results[-1])
     if arguments.json:
         arguments.json.write_text(json.dumps({**run, "tables": results}, default=asdict, indent=2) + "\n")

@@ -101,7 +101,8 @@ def ascend(
         elif guess is not None and _largest(guess.gradient) > 0:
             u = guess.u
             if step < steps:
-                u = nearest_in_ball(u.add_(steepest(guess.gradient, p), alpha=min(length, guess.reach)), p, rho)
+                u.add_(steepest(guess.gradient, p), alpha=min(length, guess.reach))
+            u = nearest_in_ball(u, p, rho)
         else:
             # in place: at this size an allocation costs more than the arithmetic
             target = nearest_in_ball(steepest(here.gradient, metric).mul_(length).add_(here.u), p, rho)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def generator_of(seed: int, index: int) -> torch.Generator:
+def generator_of(seed: int, *index: int) -> torch.Generator:
     """A generator for one sample of a seed."""
-    digest = hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(repr((seed, *index)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

@@ -105,7 +105,7 @@ def top_eigenvalues(
         converged = bool((residuals[:k] <= tol * values.abs().max()).all())
         if converged or len(vectors) >= max_matvecs:
             break
-    found = coordinates[:, :k].T.to(operator.dtype).to(operator.device) @ torch.stack(vectors)
+    found = (coordinates[:, :k].T.to(operator.device) @ torch.stack(vectors).double()).to(operator.dtype)
     return Eigenvalues(values[:k], found, residuals[:k], converged, len(vectors))
 
 
@@ -182,7 +182,7 @@ def _lanczos(operator: Operator, seed: int) -> Iterator[tuple[Tensor, float, flo
             index += 1
         basis.append(vector)
         product = operator.matvec(vector)
-        alpha = float(product @ vector)
+        alpha = float(torch.dot(product, vector))
         rest = _orthogonal(product, basis)
         beta = float(rest.norm())
         scale = max(scale, abs(alpha), beta)
@@ -194,7 +194,7 @@ def _lanczos(operator: Operator, seed: int) -> Iterator[tuple[Tensor, float, flo
 def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
     for _ in range(2):
         for other in basis:
-            vector = vector - (vector @ other) * other
+            vector = vector - torch.dot(vector, other) * other  # autocast would round in @
     return vector
 
 

@@ -75,9 +75,9 @@ class Path:
             return None
         lengths = lengths[held]
         scale = lengths.outer(lengths)
-        # an orthonormal basis of the span, without the directions that rounding has made
+        # an orthonormal basis of the span, without directions so short that rounding would tilt them
         squares, vectors = torch.linalg.eigh(products[held][:, held] / scale)
-        kept = squares > 100 * torch.finfo(offsets.dtype).eps * squares[-1]
+        kept = squares > 1e4 * torch.finfo(offsets.dtype).eps * squares[-1]
         basis = vectors[:, kept] / squares[kept].sqrt()
         hessian = basis.T @ ((offsets @ changes.T).double()[held][:, held] / scale) @ basis
         hessian = (hessian + hessian.T) / 2
@@ -115,8 +115,10 @@ def _trust_region(hessian: Tensor, gradient: Tensor, rho: float) -> Tensor:
             middle = (low + high) / 2
             low, high = (middle, high) if math.hypot(*at(middle)) > rho else (low, middle)
         u = at(high)
-        missing = rho**2 - math.hypot(*u) ** 2
-        if top > 0 and missing > 0:  # the gradient has no part along the top eigenvector: fill the ball up with it
-            u[-1] = math.copysign(math.sqrt(missing + u[-1] ** 2), g[-1])
+        norm = math.hypot(*u)
+        if norm > rho:  # mu - top was rounded: the gradient is next to nothing
+            u = [part * rho / norm for part in u]
+        elif top > 0:  # the gradient has no part along the top eigenvector: fill the ball up with it
+            u[-1] = math.copysign(math.sqrt(rho**2 - norm**2 + u[-1] ** 2), g[-1])
     maximizer: Tensor = vectors @ vectors.new_tensor(u)
     return maximizer

@@ -142,24 +142,26 @@ def sharpness_profile(
         check_count("m", m, 1)
     check_choice("method", method, METHODS)
     groups = [objective.pieces] if m is None else grouped(objective.pieces, m)
-    climbs: list[_Climb] = []
-    ascents: list[list[Ascent]] = []
+    found: list[_Group] = []
     with objective.evaluation() as evaluation:
         ball = _Ball(objective, evaluation, geometry)
         for index, group in enumerate(groups):
             climb = _Climb(ball, group)
-            climbs.append(climb)
-            ascents.append([])
+            ascents: list[Ascent] = []
             for rho in rhos:
                 if method == "one_step":
-                    ascents[-1].append(climb.one_step(rho))
+                    ascents.append(climb.one_step(rho))
                 else:
-                    smaller = ascents[-1][-1] if ascents[-1] else None
-                    ascents[-1].append(climb.auto_pgd(rho, steps, restarts, seed + index, smaller))
+                    generators = [generator_of(seed, index, restart) for restart in range(restarts)]
+                    ascents.append(climb.auto_pgd(rho, steps, generators, ascents[-1] if ascents else None))
+            if m is not None:  # a worst point each would be a copy of the network each
+                ascents = [Ascent(ascent.u[:0], ascent.rise, ascent.history) for ascent in ascents]
+            found.append(_Group(climb.examples, climb.base, climb.rounding, ascents))
     results = []
-    for rho, found in zip(rhos, zip(*ascents, strict=True), strict=True):
+    for i, rho in enumerate(rhos):
         evaluations = 1 if method == "one_step" or rho == 0 else 1 + restarts * (steps - 1)
-        results.append(_result(climbs, found, rho, geometry, evaluations, m, objective))
+        worst = objective.named(ball.scales * found[0].ascents[i].u) if m is None else None
+        results.append(_result(found, i, rho, geometry, evaluations, m, worst))
     return SharpnessProfile(tuple(map(float, rhos)), tuple(result.value for result in results), tuple(results))
 
 
@@ -202,7 +204,7 @@ class _Climb:
             point = self.origin
         return Ascent(point.u, point.value - self.base, (0.0, point.value - self.base))
 
-    def auto_pgd(self, rho: float, steps: int, restarts: int, seed: int, smaller: Ascent | None) -> Ascent:
+    def auto_pgd(self, rho: float, steps: int, generators: Sequence[torch.Generator], smaller: Ascent | None) -> Ascent:
         """The best of several ascents; its history is the best of all of them after so many steps.
 
         The worst point of a ``smaller`` ball, if it beats them all, counts as found at the last step.
@@ -217,29 +219,40 @@ class _Climb:
                 p=self.ball.p,
                 rho=rho,
                 steps=steps,
-                generator=generator_of(seed, restart),
+                generator=generator,
                 random_start=restart > 0,
             )
-            for restart in range(restarts)
+            for restart, generator in enumerate(generators)
         ]
         history = tuple(map(max, zip(*(ascent.history for ascent in tries), strict=True)))
         best = max([*tries, smaller] if smaller else tries, key=lambda ascent: ascent.rise)
         return Ascent(best.u, best.rise, (*history[:-1], best.rise))
 
 
+@dataclass(frozen=True)
+class _Group:
+    """What was found for a group of examples: an ascent for each rho."""
+
+    examples: int
+    base: float
+    rounding: float
+    ascents: list[Ascent]
+
+
 def _result(
-    climbs: Sequence[_Climb],
-    ascents: Sequence[Ascent],
+    groups: Sequence[_Group],
+    i: int,
     rho: float,
     geometry: Geometry,
     evaluations: int,
     m: int | None,
-    objective: Objective,
+    perturbation: dict[str, Tensor] | None,
 ) -> WorstCaseSharpness:
-    """The mean over the groups of examples."""
-    sizes = [climb.examples for climb in climbs]
+    """The mean over the groups of examples, for the i-th rho."""
+    sizes = [group.examples for group in groups]
+    ascents = [group.ascents[i] for group in groups]
     rises = [ascent.rise for ascent in ascents]
-    value, base = mean(rises, sizes), mean([climb.base for climb in climbs], sizes)
+    value, base = mean(rises, sizes), mean([group.base for group in groups], sizes)
     history = tuple(mean(step, sizes) for step in zip(*(ascent.history for ascent in ascents), strict=True))
     quarter = (len(history) - 1) // 4
     return WorstCaseSharpness(
@@ -250,10 +263,10 @@ def _result(
         history=history,
         converged=quarter > 0 and value - history[-1 - quarter] <= 0.01 * value,
         evaluations=evaluations,
-        noise_floor=mean([climb.rounding for climb in climbs], sizes),
+        noise_floor=mean([group.rounding for group in groups], sizes),
         rho=float(rho),
         geometry=geometry,
         m=m,
-        examples=objective.examples,
-        perturbation=objective.named(climbs[0].ball.scales * ascents[0].u) if m is None else None,
+        examples=sum(sizes),
+        perturbation=perturbation,
     )
