@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from numbers import Real
+from numbers import Integral, Real
 
 
 def check_number(name: str, value: object, takes: str, holds: Callable[[float], bool]) -> None:
@@ -15,9 +15,9 @@ def check_number(name: str, value: object, takes: str, holds: Callable[[float], 
 
 def check_count(name: str, value: object, least: int) -> None:
     """Raise unless the value is an integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer >= {least}, got {type(value).__name__}")
-    if value < least:
+    if int(value) < least:
         raise ValueError(f"{name} must be an integer >= {least}, got {value}")
 
 

@@ -162,10 +162,11 @@ def granulated_kendall(
 
 def _groups(name: str, hyperparameters: Mapping[str, Sequence[Any]]) -> list[tuple[Tensor, Tensor]]:
     """The models of each setting of all other hyper-parameters, and which pairs of them differ in this one."""
-    values = hyperparameters[name]
+    settings = {key: [_plain(value) for value in values] for key, values in hyperparameters.items()}
+    values = settings[name]
     members: dict[tuple[Any, ...], list[int]] = {}
     for model in range(len(values)):
-        others = tuple(other[model] for key, other in hyperparameters.items() if key != name)
+        others = tuple(other[model] for key, other in settings.items() if key != name)
         members.setdefault(others, []).append(model)
     groups = []
     for indices in members.values():
@@ -173,6 +174,11 @@ def _groups(name: str, hyperparameters: Mapping[str, Sequence[Any]]) -> list[tup
         if different.any():
             groups.append((torch.tensor(indices), different))
     return groups
+
+
+def _plain(value: Any) -> Any:
+    """A number of a tensor or an array as a number of Python: tensors are equal to themselves only."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _signs(values: Sequence[float], name: str) -> Tensor:

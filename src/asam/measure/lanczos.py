@@ -76,8 +76,11 @@ def top_eigenvalues(
         operator: such as `hessian(objective)`.
         k: how many; all of them if the operator has fewer.
         tol: the residuals to reach, relative to the largest magnitude of an eigenvalue.
-        max_matvecs: the products to stop after, converged or not.
+        max_matvecs: the products to stop after, converged or not; at least k.
         seed: of the first vector.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above, or a product is not finite.
 
     Example:
         >>> from asam.measure import Objective, hessian
@@ -88,8 +91,9 @@ def top_eigenvalues(
         ([10.0], True)
     """
     check_count("k", k, 1)
-    check_count("max_matvecs", max_matvecs, 1)
     k = min(k, operator.shape[0])
+    check_count("max_matvecs", max_matvecs, k)
+    check_number("tol", tol, "a number >= 0", lambda tol: tol >= 0)
     vectors: list[Tensor] = []
     alphas: list[float] = []
     betas: list[float] = []
@@ -128,6 +132,10 @@ def spectral_density(
         points: of the grid, which covers the nodes and four sigma beyond.
         seed: of the random vectors.
 
+    Raises:
+        ValueError, TypeError: an argument is not one of the above, a product is not finite, or sigma is below the
+            spacing of the grid.
+
     Source: Ghorbani et al., 2019, arXiv:1901.10159.
 
     Example:
@@ -146,7 +154,7 @@ def spectral_density(
     nodes, weights, used = [], [], 0
     for draw in range(draws):
         alphas, betas = [], []
-        for _, alpha, beta in _lanczos(operator, seed + draw):
+        for _, alpha, beta in _lanczos(operator, seed, draw):
             alphas.append(alpha)
             betas.append(beta)
             if len(alphas) == matvecs // draws or beta == 0:
@@ -159,12 +167,14 @@ def spectral_density(
     low, high = float(node.min()), float(node.max())
     # nodes that differ by rounding only have no range
     width = sigma if sigma is not None else max(0.01 * (high - low), 1e-5 * max(-low, high)) or 1e-3
+    if (high - low + 8 * width) / (points - 1) > width:
+        raise ValueError(f"sigma = {width:.3g} is below the spacing of a grid of {points} points: take more points")
     grid = torch.linspace(low - 4 * width, high + 4 * width, points, dtype=torch.float64)
     bumps = torch.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * math.sqrt(2 * math.pi))
     return SpectralDensity(node, weight, grid, bumps @ weight, width, used)
 
 
-def _lanczos(operator: Operator, seed: int) -> Iterator[tuple[Tensor, float, float]]:
+def _lanczos(operator: Operator, *seed: int) -> Iterator[tuple[Tensor, float, float]]:
     """The basis vectors with the diagonal and the next off-diagonal entry of the tridiagonal matrix.
 
     Where the Krylov space is exhausted the entry is 0 and the next vector a random one orthogonal to all earlier ones.
@@ -174,7 +184,7 @@ def _lanczos(operator: Operator, seed: int) -> Iterator[tuple[Tensor, float, flo
     scale, index, vector = 0.0, 0, None
     while len(basis) < size:
         if vector is None:
-            start = torch.randn(size, generator=generator_of(seed, index), dtype=torch.float32).to(
+            start = torch.randn(size, generator=generator_of(*seed, index), dtype=torch.float32).to(
                 operator.device, operator.dtype
             )
             vector = _orthogonal(start / start.norm(), basis)
@@ -185,6 +195,8 @@ def _lanczos(operator: Operator, seed: int) -> Iterator[tuple[Tensor, float, flo
         alpha = float(torch.dot(product, vector))
         rest = _orthogonal(product, basis)
         beta = float(rest.norm())
+        if not math.isfinite(alpha + beta):
+            raise ValueError("a product of the operator is not finite: it has no eigenvalues")
         scale = max(scale, abs(alpha), beta)
         exhausted = len(basis) == size or beta <= 100 * torch.finfo(operator.dtype).eps * scale
         yield vector, alpha, 0.0 if exhausted else beta

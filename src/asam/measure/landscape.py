@@ -122,7 +122,7 @@ def loss_line(
         ([0.0, 1.0, 2.0], True)
     """
     positions = _grid("span", span, points)
-    d = objective.flat(direction).clone()  # it may be a view of the weights, which move
+    d = _vector(objective, direction)
     with objective.evaluation() as evaluation:
         means = []
         for position in positions.tolist():
@@ -152,7 +152,7 @@ def loss_plane(
         torch.Size([3, 3])
     """
     x, y = _grid("x_span", x_span, points), _grid("y_span", y_span, points)
-    dx, dy = objective.flat(x_direction).clone(), objective.flat(y_direction).clone()
+    dx, dy = _vector(objective, x_direction), _vector(objective, y_direction)
     with objective.evaluation() as evaluation:
         means = []
         for a in x.tolist():
@@ -193,6 +193,14 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
             evaluation.put({name: _mixed(start[name], value, t) for name, value in end.items()})
             means.append(evaluation.means(objective.pieces))
     return LossLine(positions, _stacked(means))
+
+
+def _vector(objective: Objective, direction: Direction) -> Tensor:
+    """The direction as a vector of its own: the one given may be a view of the weights, which move."""
+    vector = objective.flat(direction).clone()
+    if not vector.isfinite().all():
+        raise ValueError("a direction must be finite")
+    return vector
 
 
 def _mixed(start: Tensor, end: Tensor, t: float) -> Tensor:
@@ -245,7 +253,13 @@ def _save(path: str | Path, axes: dict[str, Tensor], values: dict[str, Tensor]) 
 def _load(path: str | Path, axes: tuple[str, ...]) -> tuple[list[Tensor], dict[str, Tensor]]:
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as arrays:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not an npz file") from error
+    if not isinstance(loaded, np.lib.npyio.NpzFile):
+        raise ValueError(f"{path} is not an npz file")
+    with loaded as arrays:
         missing = [name for name in axes if name not in arrays]
         if missing:
             raise ValueError(f"{path} has no array {missing[0]!r}")

@@ -32,6 +32,9 @@ def trace(operator: Operator, *, matvecs: int = 30, seed: int = 0) -> Trace:
         matvecs: products to take, at least 6.
         seed: of the random vectors.
 
+    Raises:
+        ValueError, TypeError: an argument is not one of the above, or a product is not finite.
+
     Example:
         >>> from asam.measure import Objective, hessian
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -48,6 +51,8 @@ def trace(operator: Operator, *, matvecs: int = 30, seed: int = 0) -> Trace:
     # in float64, for a basis that is orthogonal to the last bit that the products have
     basis = torch.linalg.qr(sketch.double()).Q
     products = operator.matvec(basis.to(operator.dtype)).double()
+    if not products.isfinite().all():
+        raise ValueError("a product of the operator is not finite: it has no trace")
     known = float((basis * products).sum())
     if third >= size:
         return Trace(known, 0.0, size)
