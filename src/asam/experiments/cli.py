@@ -92,6 +92,7 @@ def measure(
     bias: Annotated[Literal["scaled", "unscaled", "fixed"], typer.Option(help="What holds for biases.")] = "scaled",
     m: Annotated[int | None, typer.Option(help="m-sharpness: examples in a batch (default: all).", min=1)] = None,
     steps: Annotated[int, typer.Option(help="Ascent steps.", min=1)] = 20,
+    restarts: Annotated[int, typer.Option(help="Ascents, the best of which counts.", min=1)] = 1,
     samples: Annotated[int, typer.Option(help="Draws of the average case, an even number.", min=2)] = 32,
     eigenvalues: Annotated[int, typer.Option(help="How many top eigenvalues.", min=1)] = 3,
     examples: Examples = 1024,
@@ -125,6 +126,7 @@ def measure(
         bias=bias,
         m=m,
         steps=steps,
+        restarts=restarts,
         samples=samples,
         eigenvalues=eigenvalues,
         examples=examples,
@@ -206,7 +208,8 @@ def run() -> int:
     try:
         code = typer.main.get_command(app).main(prog_name="asam", standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
-            print("asam: interrupted; the same command goes on from here", file=sys.stderr)
+            resumes = "; the same command goes on from here" if sys.argv[1:2] == ["compare"] else ""
+            print(f"asam: interrupted{resumes}", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except InputError as error:
         message = str(error)

@@ -51,9 +51,9 @@ def steepest(gradient: Tensor, p: float) -> Tensor:
     return direction
 
 
-def random_on_sphere(movable: Tensor, p: float, generator: torch.Generator) -> Tensor:
+def random_on_sphere(movable: Tensor, p: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """A random vector of p-norm 1, which is 0 where ``movable`` is False."""
-    z = torch.randn(movable.shape, generator=generator, dtype=torch.float32).to(movable.device).where(movable, 0)
+    z = torch.randn(movable.shape, generator=generator, dtype=torch.float32).to(movable.device, dtype).where(movable, 0)
     norm: Tensor = torch.linalg.vector_norm(z, p)
     return z / norm.clamp(min=1e-30)
 
@@ -85,7 +85,7 @@ def ascend(
     improved, since, best_then, halved = 0, 0, best.value, True
 
     def random() -> Tensor:
-        return rho * random_on_sphere(movable, p, generator).to(origin.u)
+        return rho * random_on_sphere(movable, p, generator, origin.u.dtype)
 
     for step in range(1, steps + 1):
         mirrored = step == steps // 2 + 1 and _is_even(best, origin)

@@ -50,8 +50,8 @@ class GibbsCertificate:
         """The certificate in one line."""
         if self.vacuous:
             return (
-                f"Gibbs certificate {self.value:.3g}: vacuous, since KL = {self.kl:.4g} nats is large for "
-                f"{self.n} examples."
+                f"Gibbs certificate {self.value:.3g}: vacuous; with noise of scale {self.sigma:g} T in the weights the "
+                f"error on the sample is {self.sample_error:.3g}, and KL = {self.kl:.4g} nats for {self.n} examples."
             )
         return (
             f"Gibbs certificate {self.value:.3g}: with probability {1 - self.delta:g} over the sample the network with "
