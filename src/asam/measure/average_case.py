@@ -69,7 +69,7 @@ def average_sharpness(
         raise ValueError(f"samples must be even, for antithetic pairs, got {samples}")
     check_choice("noise", noise, NOISES)
     with objective.evaluation() as evaluation:
-        scales = objective.flat(geometry.scales(dict(zip(objective.params, evaluation.weights, strict=True))))
+        scales = objective.scales(geometry)
         base = evaluation.means(objective.pieces)["loss"]
         check_finite(base)
         pairs = []

@@ -1,6 +1,7 @@
 """Random draws that do not depend on how many of them are taken."""
 
 import hashlib
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -8,7 +9,9 @@ from torch import Tensor
 
 def generator_of(seed: int, *index: int) -> torch.Generator:
     """A generator for one sample of a seed."""
-    digest = hashlib.blake2b(repr((seed, *index)).encode(), digest_size=8).digest()
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    digest = hashlib.blake2b(repr((int(seed), *index)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Real
 from typing import Any, Self
 
 import torch
@@ -81,9 +82,14 @@ class Evaluation:
         with torch.no_grad():
             for piece in pieces:
                 loss, others = self._call(piece)
-                for name, value in {"loss": loss, **others}.items():
-                    value = value.detach().double() if isinstance(value, Tensor) else float(value)
-                    totals[name] = totals.get(name, 0.0) + value * piece.size
+                values = {"loss": loss, **others}
+                if totals and set(values) != set(totals):
+                    raise ValueError(
+                        f"loss_fn must return the same means for every batch, got {list(values)} after {list(totals)}"
+                    )
+                for name, value in values.items():
+                    scalar = value.detach().double() if isinstance(value, Tensor) else float(value)
+                    totals[name] = totals.get(name, 0.0) + scalar * piece.size
                 self._restore_buffers()
         examples = sum(piece.size for piece in pieces)
         return {name: float(total) / examples for name, total in totals.items()}
@@ -139,8 +145,16 @@ class Evaluation:
         result = self._loss_fn(self._model, piece.batch)
         loss, others = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"loss_fn must return the mean loss of the batch, a real scalar tensor, got {got}")
+            raise ValueError(
+                f"loss_fn must return the mean loss of the batch, a real scalar tensor, got {_described(loss)}"
+            )
+        if not isinstance(others, Mapping):
+            raise ValueError(f"loss_fn must return (loss, dict of other means), got a pair with {_described(others)}")
+        for name, value in others.items():
+            if name == "loss":
+                raise ValueError("loss_fn must not return another mean called 'loss'")
+            if not isinstance(value, Tensor | Real) or (isinstance(value, Tensor) and value.numel() != 1):
+                raise ValueError(f"loss_fn must return a number for the mean {name!r}, got {_described(value)}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("the loss has no gradient: loss_fn must not detach it or run under torch.no_grad()")
         return loss if loss.ndim == 0 else loss.reshape(()), others
@@ -153,6 +167,10 @@ class Evaluation:
     def _restore_buffers(self) -> None:
         with torch.no_grad():
             self._between.restore(versions=False)
+
+
+def _described(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:

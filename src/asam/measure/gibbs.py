@@ -115,13 +115,13 @@ def gibbs_certificate(
     errors = []
     with objective.evaluation() as evaluation:
         weights = dict(zip(objective.params, evaluation.weights, strict=True))
-        scales = objective.flat(geometry.scales(weights))
+        scales = objective.scales(geometry)
         # before the weights move: the prior may be the model's own parameters
         kl = _kl_of_gaussians(
             objective.flat(weights),
             sigma * scales,
             objective.flat(before),
-            prior_sigma * objective.flat(geometry.scales(before)),
+            prior_sigma * objective.scales(geometry, before),
         )
         for index in range(samples):
             evaluation.move(sigma * scales * draw(objective.like, seed, index, "normal"))

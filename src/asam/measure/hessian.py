@@ -28,7 +28,7 @@ class HessianOperator:
         self.dtype, self.device = objective.like.dtype, objective.like.device
         self.scales: Tensor | None = None
         if geometry is not None:
-            self.scales = objective.flat(geometry.scales({n: p.detach() for n, p in objective.params.items()}))
+            self.scales = objective.scales(geometry)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product with a vector (k,), or with every column of a matrix (k, n) in one pass over the data."""

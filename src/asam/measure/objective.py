@@ -1,5 +1,6 @@
 """The function that is measured: the mean loss over fixed data, as a function of the weights."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_choice
+from ..geometry import Geometry
 from ..parameters import selected_parameters
 from .batches import pieces_of
 from .evaluation import Evaluation
@@ -101,6 +103,13 @@ class Objective:
         """A context in which the model may be moved and evaluated; at its end everything is as it was."""
         return Evaluation(self.model, self.loss_fn, list(self.params.values()), self.batchnorm)
 
+    def scales(self, geometry: Geometry, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """T of a geometry as one vector, at the model's weights or at others."""
+        if not isinstance(geometry, Geometry):
+            raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
+        weights = {name: param.detach() for name, param in self.params.items()} if weights is None else weights
+        return self.flat(geometry.scales(weights))
+
     def flat(self, tensors: Mapping[str, Tensor] | Tensor) -> Tensor:
         """One vector of all parameters in their order, from a tensor per parameter (a vector is returned as it is).
 
@@ -148,7 +157,8 @@ class Objective:
             first = [evaluation.means([piece])["loss"] for piece in self.pieces]
             again = [evaluation.means([piece])["loss"] for piece in reversed(self.pieces)]
         for one, two in zip(first, reversed(again), strict=True):
-            if one != two and not abs(one - two) <= 100 * eps * max(abs(one), abs(two)) and one == one:
+            same = one == two or abs(one - two) <= 100 * eps * max(abs(one), abs(two))
+            if not same and not (math.isnan(one) and math.isnan(two)):
                 raise ValueError(
                     f"the loss is not deterministic: the same batch gave {one:.9g}, then {two:.9g}; switch off "
                     "dropout, augmentation and sampling in loss_fn"

@@ -37,7 +37,8 @@ class WorstCaseSharpness:
         history: the best rise after 0, 1, ... steps, the mean over the batches; it never falls.
         converged: the last quarter of the steps added less than 1 %. The ascent has stopped rising, which does not
             mean that there is no higher point elsewhere.
-        evaluations: forward and backward passes over the data; each restart takes one forward pass besides.
+        evaluations: forward and backward passes over the data (for m-sharpness the most of any batch); each restart
+            takes one forward pass besides.
         noise_floor: what rounding alone may make of ``value``; a smaller value means nothing.
         perturbation: the worst e, a tensor per parameter; None for m-sharpness.
     """
@@ -148,20 +149,22 @@ def sharpness_profile(
         for index, group in enumerate(groups):
             climb = _Climb(ball, group)
             ascents: list[Ascent] = []
+            evaluations: list[int] = []
             for rho in rhos:
+                before = climb.evaluations
                 if method == "one_step":
                     ascents.append(climb.one_step(rho))
                 else:
                     generators = [generator_of(seed, index, restart) for restart in range(restarts)]
                     ascents.append(climb.auto_pgd(rho, steps, generators, ascents[-1] if ascents else None))
+                evaluations.append(1 + climb.evaluations - before)
             if m is not None:  # a worst point each would be a copy of the network each
                 ascents = [Ascent(ascent.u[:0], ascent.rise, ascent.history) for ascent in ascents]
-            found.append(_Group(climb.examples, climb.base, climb.rounding, ascents))
+            found.append(_Group(climb.examples, climb.base, climb.rounding, ascents, evaluations))
     results = []
     for i, rho in enumerate(rhos):
-        evaluations = 1 if method == "one_step" or rho == 0 else 1 + restarts * (steps - 1)
         worst = objective.named(ball.scales * found[0].ascents[i].u) if m is None else None
-        results.append(_result(found, i, rho, geometry, evaluations, m, worst))
+        results.append(_result(found, i, rho, geometry, m, worst))
     return SharpnessProfile(tuple(map(float, rhos)), tuple(result.value for result in results), tuple(results))
 
 
@@ -173,7 +176,7 @@ class _Ball:
         self.evaluation = evaluation
         self.p = float(geometry.p)
         self.weights = objective.flat(weights)
-        self.scales = objective.flat(geometry.scales(weights))
+        self.scales = objective.scales(geometry)
         self.eps = max(torch.finfo(weight.dtype).eps for weight in evaluation.weights)
 
 
@@ -183,6 +186,7 @@ class _Climb:
     def __init__(self, ball: _Ball, pieces: list[Piece]) -> None:
         self.ball, self.pieces = ball, pieces
         self.examples = sum(piece.size for piece in pieces)
+        self.evaluations = 0  # besides the one here
         ball.evaluation.move(None)
         self.base, gradient = ball.evaluation.loss_and_gradient(pieces)
         check_finite(self.base)
@@ -194,6 +198,7 @@ class _Climb:
         self.ball.evaluation.move(u, self.ball.scales)
         if not with_gradient:
             return Point(u, self.ball.evaluation.means(self.pieces)["loss"], u[:0])
+        self.evaluations += 1
         value, gradient = self.ball.evaluation.loss_and_gradient(self.pieces)
         return Point(u, value, gradient.mul_(self.ball.scales))
 
@@ -231,12 +236,13 @@ class _Climb:
 
 @dataclass(frozen=True)
 class _Group:
-    """What was found for a group of examples: an ascent for each rho."""
+    """What was found for a group of examples: an ascent for each rho, and the evaluations that it took."""
 
     examples: int
     base: float
     rounding: float
     ascents: list[Ascent]
+    evaluations: list[int]
 
 
 def _result(
@@ -244,7 +250,6 @@ def _result(
     i: int,
     rho: float,
     geometry: Geometry,
-    evaluations: int,
     m: int | None,
     perturbation: dict[str, Tensor] | None,
 ) -> WorstCaseSharpness:
@@ -262,7 +267,7 @@ def _result(
         perturbed_loss=base + value,
         history=history,
         converged=quarter > 0 and value - history[-1 - quarter] <= 0.01 * value,
-        evaluations=evaluations,
+        evaluations=max(group.evaluations[i] for group in groups),
         noise_floor=mean([group.rounding for group in groups], sizes),
         rho=float(rho),
         geometry=geometry,

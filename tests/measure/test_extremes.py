@@ -1,0 +1,218 @@
+"""Worst cases where arithmetic is at its limits: zeros, tiny and huge gradients, losses that break down, rounding."""
+
+import math
+
+import pytest
+import torch
+from quadratics import Chain, Net, Quadratic, cross_entropy, examples, highest, net_objective
+from torch import nn
+
+from asam import Geometry
+from asam.measure import Objective, average_sharpness, worst_case_sharpness
+
+METHODS = ["one_step", "auto_pgd"]
+ONE = [torch.ones(1, 1)]
+
+
+def normal(seed):
+    return torch.randn(Quadratic.SIZE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def weights_of(model):
+    return {name: param.detach() for name, param in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_zero_weights_stay_where_they_are(p, method):
+    model = Quadratic()
+    with torch.no_grad():
+        model.kernel[0] = 0
+        model.weight.zero_()
+    model.first = model.flat().detach().clone()
+    model.gradient, model.hessian = normal(1), torch.diag(normal(2).abs())
+    geometry = Geometry(p=p, eta=0.0)
+    result = worst_case_sharpness(model.objective(), 0.3, geometry=geometry, method=method)
+    for name, param in model.named_parameters():
+        e = result.perturbation[name]
+        assert (e[param == 0] == 0).all() if name != "bias" else (e != 0).all(), name
+        assert e.isfinite().all(), name
+    assert (result.perturbation["kernel"][1] != 0).all()
+    assert geometry.norm(weights_of(model), result.perturbation).item() == pytest.approx(0.3, rel=1e-9)
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_a_random_start_lies_on_the_sphere_of_what_can_move(p):
+    model = Quadratic()
+    with torch.no_grad():
+        model.kernel.zero_()
+        model.weight.zero_()
+    model.first = model.flat().detach().clone()
+    model.hessian = torch.eye(model.SIZE, dtype=torch.float64)
+    geometry = Geometry(p=p, eta=0.0)
+    result = worst_case_sharpness(model.objective(), 0.3, geometry=geometry, steps=1)
+    assert result.value > 0
+    assert geometry.norm(weights_of(model), result.perturbation).item() == pytest.approx(0.3, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("p", [2, math.inf])
+@pytest.mark.parametrize("critical", [True, False])
+def test_a_ball_of_one_point(critical, p, method):
+    model = Quadratic()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    model.first.zero_()
+    model.gradient, model.hessian = normal(1) * (not critical), torch.diag(normal(2).abs())
+    geometry = Geometry(p=p, eta=0.0, bias="scaled")
+    result = worst_case_sharpness(model.objective(), 0.3, geometry=geometry, method=method)
+    assert result.value == 0
+    assert all((e == 0).all() for e in result.perturbation.values())
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_a_constant_loss_has_none(p):
+    model = Quadratic()
+    result = worst_case_sharpness(model.objective(), 0.3, geometry=Geometry(p=p))
+    assert (result.value, result.history) == (0, (0.0,) * 21)
+    assert result.converged
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("p", [2, math.inf])
+@pytest.mark.parametrize(("factor", "tolerance"), [(1e-30, 1e-6), (1e-42, 4e-3), (1e20, 1e-6), (1e30, 1e-6)])
+def test_the_size_of_the_loss_is_of_no_account(factor, tolerance, p, method):
+    # in float32 the squares of 1e-30 are 0 and those of 1e30 inf; 1e-42 itself has three digits
+    model = Quadratic(dtype=torch.float32)
+    model.gradient = (normal(3) * factor).float()
+    geometry, rho = Geometry(p=p, eta=0.0), 0.3
+    scaled = model.scales(geometry).double() * model.gradient.double()
+    exact = rho * torch.linalg.vector_norm(scaled, 2 if p == 2 else 1).item()
+
+    result = worst_case_sharpness(model.objective(), rho, geometry=geometry, method=method)
+
+    norm = geometry.norm(weights_of(model), result.perturbation).item()
+    assert norm == pytest.approx(rho, rel=1e-6)
+    e = model.objective().flat(result.perturbation).double()
+    assert float(model.gradient.double() @ e) == pytest.approx(exact, rel=1e-6)
+    assert result.value == pytest.approx(exact, rel=tolerance)
+    assert 1e-9 * exact < result.noise_floor < 1e-4 * exact
+
+
+def test_a_quadratic_of_tiny_numbers():
+    model = Quadratic(dtype=torch.float32)
+    geometry, rho = Geometry(eta=0.0), 0.3
+    model.gradient, model.hessian = (normal(3) * 1e-30).float(), torch.diag(normal(4) * 1e-30).float()
+    t = model.scales(geometry).double()
+    exact = highest(torch.diag(t**2 * normal(4)), t * normal(3), rho) * 1e-30
+    result = worst_case_sharpness(model.objective(), rho, geometry=geometry)
+    assert result.value == pytest.approx(exact, rel=1e-5)
+
+
+class Scalar(nn.Module):
+    """``function(w)`` at w = 1, of one weight."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+        self.function = function
+
+    def objective(self):
+        return Objective(self, lambda model, batch: model.function(model.w), ONE)
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_an_infinite_loss_in_the_ball_is_the_worst(p):
+    model = Scalar(lambda w: torch.where(w > 1.2, math.inf, 1.0) * w)
+    result = worst_case_sharpness(model.objective(), 0.5, geometry=Geometry("none", p=p))
+    assert result.value == result.perturbed_loss == math.inf
+    assert result.history == (0.0, *[math.inf] * 20)
+    assert model.objective().loss(result.perturbation) == math.inf
+    assert model.w.item() == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("p", [2, math.inf])
+@pytest.mark.parametrize("gradient", ["nan", "finite"])
+def test_a_loss_that_is_nan_in_the_ball_is_never_the_worst(gradient, p, method):
+    def function(w):
+        broken = torch.where(w.detach() > 1.2, math.nan, 0.0)
+        return w + broken if gradient == "finite" else w * (1 + broken)
+
+    model = Scalar(function)
+    result = worst_case_sharpness(model.objective(), 0.5, geometry=Geometry("none", p=p), method=method)
+    assert 0 <= result.value <= 0.2
+    assert method == "one_step" or result.value > 0.1
+    assert model.objective().loss(result.perturbation) == pytest.approx(result.perturbed_loss)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_at_the_weights(value):
+    objective = Scalar(lambda w: w * value).objective()
+    for measure in (worst_case_sharpness, average_sharpness):
+        with pytest.raises(ValueError, match=f"the loss at the weights themselves is {value}"):
+            measure(objective, 0.1, geometry=Geometry())
+
+
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_a_saddle_is_left(p):
+    # the gradient is exactly 0 along the direction in which the loss rises most
+    model = Scalar(lambda w: (w - 1) ** 2)
+    model.v = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    model.function = lambda w: 0.1 * (w - 1) - (w - 1) ** 2 + 2 * (model.v - 1) ** 2
+    exact = highest(torch.diag(torch.tensor([-2.0, 4.0])).double(), torch.tensor([0.1, 0.0]).double(), 0.5)
+    if p == math.inf:
+        exact = 0.1 * 0.05 - 0.05**2 + 2 * 0.5**2
+    result = worst_case_sharpness(model.objective(), 0.5, geometry=Geometry("none", p=p), steps=50)
+    assert result.value == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("p", [2, math.inf])
+@pytest.mark.parametrize("rho", [1e-12, 1e-8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounding_makes_is_below_the_noise_floor(dtype, rho, p, method):
+    objective = net_objective(Net(dtype=dtype), examples(dtype=dtype))
+    result = worst_case_sharpness(objective, rho, geometry=Geometry(p=p), method=method)
+    assert 0 <= result.value < result.noise_floor < 0.1 * result.base_loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rho", [1e-3, 0.05])
+@pytest.mark.parametrize("p", [2, math.inf])
+def test_lower_precision_agrees_with_float64_within_a_few_noise_floors(p, rho, dtype):
+    # the weights themselves must be the same in both
+    low = Net(dtype=dtype)
+    high = Net()
+    high.load_state_dict(low.state_dict())
+    data = examples(dtype=dtype)
+    geometry = Geometry(p=p)
+    value = worst_case_sharpness(net_objective(high, (data[0].double(), data[1])), rho, geometry=geometry).value
+    result = worst_case_sharpness(net_objective(low, data), rho, geometry=geometry)
+    assert abs(result.value - value) < 3 * result.noise_floor
+
+
+def test_noise_floor_of_the_average():
+    values = [
+        average_sharpness(net_objective(Net(dtype=dtype), examples(dtype=dtype)), 1e-9, geometry=Geometry())
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for value in values:
+        assert abs(value.value) < 2 * value.noise_floor < 0.1 * value.base_loss
+
+
+def test_weights_in_half_precision_are_rounded_once():
+    model, data = Net(dtype=torch.bfloat16), examples(dtype=torch.bfloat16)
+    seen = []
+
+    def loss_fn(model, batch):
+        seen.append(weights_of(model)["layers.0.weight"].clone())
+        return cross_entropy(model, batch)
+
+    objective = Objective(model, loss_fn, [data])
+    e = torch.full((6, 4), 1 / 300)
+    objective.loss({"layers.0.weight": e})
+    assert torch.equal(seen[-1], (model.layers[0].weight.detach().float() + e).bfloat16())
+    assert objective.gradient()["layers.0.weight"].dtype == torch.float32
+    assert Chain((1.0, 1.0)).objective().gradient()["w0"].dtype == torch.float64

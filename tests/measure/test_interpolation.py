@@ -1,0 +1,207 @@
+"""The way between two models, what measuring leaves behind, and the files that landscapes are kept in."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from operators import cross_entropy, examples, mlp
+from slow_reference import assert_same
+from torch import nn
+
+from asam.measure import (
+    LossLine,
+    LossPlane,
+    Objective,
+    between,
+    interpolate,
+    loss_line,
+    loss_plane,
+    random_direction,
+)
+
+LINE = LossLine(
+    torch.tensor([-0.1, 0.0, 1 / 3], dtype=torch.float64),
+    {"loss": torch.tensor([math.nan, 0.1, math.inf], dtype=torch.float64), "error": torch.tensor([1.0, 0.0, -0.0])},
+)
+PLANE = LossPlane(
+    torch.tensor([-0.1, 0.0], dtype=torch.float64),
+    LINE.positions,
+    {"loss": torch.tensor([[1, 2, math.nan], [4, -math.inf, 1 / 3]], dtype=torch.float64)},
+)
+
+
+def batchnorm(seed):
+    """A network in training mode whose running statistics are its own."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model(torch.randn(20, 3, dtype=torch.float64) + seed)
+    return model
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def objective_of(model, loss_fn=cross_entropy, **arguments):
+    inputs, targets = examples()
+    return Objective(model, loss_fn, [(inputs[:5], targets[:5]), (inputs[5:], targets[5:])], **arguments)
+
+
+@pytest.mark.parametrize("given", ["model", "state dict"])
+@pytest.mark.parametrize("batchnorm_mode", ["eval", "train"])
+def test_interpolation_ends_at_the_two_models(given, batchnorm_mode):
+    one, other = batchnorm(0), batchnorm(1)
+    objective = objective_of(one, batchnorm=batchnorm_mode)
+    line = interpolate(objective, other if given == "model" else other.state_dict(), points=7)
+    assert torch.equal(line.positions, torch.linspace(0, 1, 7, dtype=torch.float64))
+    for end, model in [(0, one), (-1, other)]:
+        means = objective_of(model, batchnorm=batchnorm_mode).means()
+        assert {name: values[end].item() for name, values in line.values.items()} == means
+    middle = batchnorm(2)
+    mixed = {name: (value + other.state_dict()[name]) / 2 for name, value in one.state_dict().items()}
+    middle.load_state_dict(mixed)
+    loss = objective_of(middle, batchnorm=batchnorm_mode).loss()
+    assert line.values["loss"][3].item() == pytest.approx(loss, rel=1e-13)
+
+
+def test_ends_are_the_two_models_to_the_bit():
+    one, other, seen = batchnorm(0), batchnorm(1), []
+
+    def loss_fn(model, batch):
+        seen.append({name: value for name, value in state(model).items() if value.is_floating_point()})
+        return cross_entropy(model, batch)
+
+    objective = objective_of(one, loss_fn)
+    seen.clear()
+    interpolate(objective, other, points=3)
+    for end, model in [(0, one), (-1, other)]:
+        assert_same(seen[end], {name: value for name, value in state(model).items() if name in seen[end]})
+
+
+def test_between_is_the_way_to_the_other_model():
+    one, other = mlp(), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    direction = between(objective_of(one), other)
+    for name, param in one.named_parameters():
+        assert torch.equal(direction[name], other.get_parameter(name) - param)
+    for end in (other, other.state_dict()):
+        assert torch.equal(between(objective_of(one), end)["0.bias"], direction["0.bias"])
+    line = loss_line(objective_of(one), direction, span=(0, 1), points=2)
+    assert line.values["loss"][1].item() == pytest.approx(objective_of(other).loss(), rel=1e-14)
+
+
+REFUSED = {
+    "shape": ({"0.bias": torch.zeros(5)}, r"'0\.bias' has shape \(4,\), in the other model \(5,\)"),
+    "missing": ({"0.bias": None}, r"the other model has no '0\.bias'"),
+}
+REFUSED_INTERPOLATED = REFUSED | {
+    "buffer": ({"1.running_var": None}, r"the other model has no '1\.running_var'"),
+    "unmeasured": (
+        {"3.weight": torch.zeros(3, 4)},
+        r"the models differ in '3\.weight', which is not one of the parameters that are measured",
+    ),
+    "unmeasured-missing": ({"3.weight": None}, r"the other model has no '3\.weight'"),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "changes", "message"),
+    [(between, *case) for case in REFUSED.values()] + [(interpolate, *case) for case in REFUSED_INTERPOLATED.values()],
+)
+def test_refuses_another_architecture(function, changes, message):
+    other = {name: value for name, value in (state(batchnorm(0)) | changes).items() if value is not None}
+    objective = objective_of(batchnorm(0), params=["0.weight", "0.bias", "1.weight"])
+    before = state(objective.model)
+    with pytest.raises(ValueError, match=message):
+        function(objective, other)
+    assert_same(state(objective.model), before)
+
+
+def test_interpolates_the_measured_parameters_only():
+    one, other = batchnorm(0), batchnorm(0)
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+    line = interpolate(objective_of(one, params=["0.weight"]), other, points=3)
+    assert line.values["loss"][2] == objective_of(other).loss()
+
+
+def test_refuses_a_single_point():
+    with pytest.raises(ValueError, match="points must be an integer >= 2, got 1"):
+        interpolate(objective_of(mlp()), mlp(), points=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "failing"),
+    [*itertools.product(["line", "plane", "interpolation"], [False, True]), ("direction", False)],
+)
+def test_leaves_no_trace(kind, failing):
+    """Also where the loss fails in the middle of a grid."""
+    model, other = batchnorm(0), batchnorm(1)
+    model[2].eval()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before, theirs, random = state(model), state(other), torch.get_rng_state()
+    modes = [module.training for module in model.modules()]
+    calls, limit = [], math.inf
+
+    def loss_fn(model, batch):
+        calls.append(batch)
+        if len(calls) > limit:
+            raise KeyError("the loss failed")
+        torch.randn(1)
+        return cross_entropy(model, batch)
+
+    objective = objective_of(model, loss_fn, batchnorm="train")
+    d = random_direction(objective)
+    function = {
+        "line": lambda: loss_line(objective, d, points=5),
+        "plane": lambda: loss_plane(objective, d, d, points=3),
+        "interpolation": lambda: interpolate(objective, other, points=5),
+        "direction": lambda: between(objective, other),
+    }[kind]
+    if failing:
+        limit = len(calls) + 4
+        with pytest.raises(KeyError, match="the loss failed"):
+            function()
+    else:
+        function()
+    assert_same(state(model), before)
+    assert_same(state(other), theirs)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert [p.grad is None for p in model.parameters()] == [False] + [True] * 5
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("landscape", [LINE, PLANE], ids=["line", "plane"])
+@pytest.mark.parametrize("as_string", [False, True])
+def test_files_keep_everything(landscape, as_string, tmp_path):
+    path = tmp_path / "landscape.npz"
+    path.write_bytes(b"what was there before")
+    landscape.save(str(path) if as_string else path)
+    assert list(tmp_path.iterdir()) == [path]
+    loaded = type(landscape).load(path)
+    for axis in ("positions",) if landscape is LINE else ("x", "y"):
+        assert torch.equal(getattr(loaded, axis), getattr(landscape, axis))
+    assert list(loaded.values) == list(landscape.values)
+    for name, values in landscape.values.items():
+        assert loaded.values[name].dtype == values.dtype
+        assert np.array_equal(loaded.values[name].numpy(), values.numpy(), equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("landscape", "name"),
+    [(LINE, "positions"), (PLANE, "x"), (PLANE, "y"), (LINE, "file"), (PLANE, "allow_pickle")],
+)
+def test_refuses_names_that_a_file_cannot_hold(landscape, name, tmp_path):
+    landscape = type(landscape)(*list(vars(landscape).values())[:-1], {name: LINE.positions})
+    with pytest.raises(ValueError, match=f"a mean may not be called '{name}'"):
+        landscape.save(tmp_path / "landscape.npz")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("landscape", "other", "axis"), [(LINE, LossPlane, "x"), (PLANE, LossLine, "positions")])
+def test_refuses_to_load_something_else(landscape, other, axis, tmp_path):
+    landscape.save(tmp_path / "landscape.npz")
+    with pytest.raises(ValueError, match=rf"landscape\.npz has no array '{axis}'"):
+        other.load(tmp_path / "landscape.npz")

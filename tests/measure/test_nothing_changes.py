@@ -1,0 +1,265 @@
+"""A measurement leaves the model, its gradients and modes, the random state and torch's settings as they were."""
+
+import copy
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+from quadratics import batches, cross_entropy, examples
+from torch import nn
+
+from asam import Geometry
+from asam.measure import (
+    Objective,
+    average_sharpness,
+    gibbs_certificate,
+    hessian,
+    interpolate,
+    loss_line,
+    loss_plane,
+    random_direction,
+    sharpness_profile,
+    spectral_density,
+    top_eigenvalues,
+    trace,
+    worst_case_sharpness,
+)
+
+GEOMETRY = Geometry(eta=0.0)
+BOX = Geometry(p=math.inf)
+
+
+class Rebinding(nn.Module):
+    """A buffer that is replaced at every call, in evaluation mode too, and one that is written to."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("replaced", torch.zeros(3))
+        self.register_buffer("written", torch.zeros(3))
+
+    def forward(self, x):
+        self.replaced = self.replaced + 1
+        self.written.data.add_(x.detach().mean(0))
+        return x
+
+
+def make_model(dtype=torch.float64):
+    torch.manual_seed(4)
+    model = nn.Sequential(
+        nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Sequential(nn.Tanh(), nn.Dropout(0.3)), nn.Linear(5, 3), Rebinding()
+    ).to(dtype)
+    model(torch.randn(20, 4).to(dtype))  # statistics that are not those of a new layer
+    model.train()
+    model[1].eval()
+    model[2].eval()
+    model[2][1].train()
+    cross_entropy(model, examples(dtype=dtype)).backward()
+    model[3].bias.grad = None
+    return model
+
+
+def loss_fn(model, batch):
+    torch.rand(())  # drawn, and of no effect on the loss
+    logits = model(batch[0])
+    error = (logits.argmax(1) != batch[1]).double().mean()
+    return nn.functional.cross_entropy(logits, batch[1]), {"error": error}
+
+
+def make(model, loss_fn=loss_fn, batchnorm="eval", dtype=torch.float64):
+    return Objective(model, loss_fn, batches(examples(dtype=dtype), 4, 8), batchnorm=batchnorm)
+
+
+def weights(objective):
+    return {name: param.detach().clone() for name, param in objective.params.items()}
+
+
+MEASUREMENTS = {
+    "loss": lambda o: o.loss(),
+    "loss at a perturbation": lambda o: o.loss(weights(o)),
+    "means": lambda o: o.means(),
+    "gradient": lambda o: o.gradient(),
+    "gradient at a perturbation": lambda o: o.gradient(weights(o)),
+    "worst case": lambda o: worst_case_sharpness(o, 0.1, geometry=GEOMETRY, restarts=2, steps=5),
+    "worst case, box": lambda o: worst_case_sharpness(o, 0.1, geometry=BOX, steps=5),
+    "one step": lambda o: worst_case_sharpness(o, 0.1, geometry=GEOMETRY, method="one_step"),
+    "m-sharpness": lambda o: worst_case_sharpness(o, 0.1, geometry=GEOMETRY, m=6, steps=5),
+    "profile": lambda o: sharpness_profile(o, [0.1, 0.2], geometry=GEOMETRY, steps=5),
+    "average": lambda o: average_sharpness(o, 0.1, geometry=GEOMETRY, samples=4),
+    "average, uniform": lambda o: average_sharpness(o, 0.1, geometry=GEOMETRY, samples=4, noise="uniform"),
+    "hessian": lambda o: hessian(o) @ torch.ones(o.like.numel()),
+    "adaptive hessian": lambda o: hessian(o, geometry=GEOMETRY) @ torch.ones(o.like.numel(), 2),
+    "eigenvalues": lambda o: top_eigenvalues(hessian(o), 2, max_matvecs=8),
+    "density": lambda o: spectral_density(hessian(o), matvecs=8),
+    "trace": lambda o: trace(hessian(o), matvecs=6),
+    "line": lambda o: loss_line(o, random_direction(o), points=3),
+    "plane": lambda o: loss_plane(o, random_direction(o), random_direction(o, seed=1), points=3),
+    "interpolation": lambda o: interpolate(
+        o, {name: value * 2 for name, value in o.model.state_dict().items()}, points=3
+    ),
+    "certificate": lambda o: gibbs_certificate(o, 0.1, geometry=BOX, prior=weights(o), samples=3),
+    "a new objective": lambda o: (
+        Objective(o.model, o.loss_fn, [p.batch for p in o.pieces], batchnorm=o.batchnorm).examples
+    ),
+}
+
+
+class State:
+    """Everything a measurement must not change, as it is now."""
+
+    def __init__(self, model):
+        self.model = model
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self.tensors = [(name, t, t.detach().clone(), t.data_ptr(), t._version) for name, t in tensors]
+        self.grads = [(param, param.grad, copy.deepcopy(param.grad)) for param in model.parameters()]
+        self.modes = [(module, module.training) for module in model.modules()]
+        self.random = torch.get_rng_state(), random.getstate()
+        self.settings = self.current_settings()
+
+    @staticmethod
+    def current_settings():
+        return {
+            "grad": torch.is_grad_enabled(),
+            "inference": torch.is_inference_mode_enabled(),
+            "autocast": torch.is_autocast_enabled("cpu"),
+            "matmul": torch.get_float32_matmul_precision(),
+            "fast path": torch.backends.mha.get_fastpath_enabled(),
+        }
+
+    def assert_unchanged(self):
+        now = [*self.model.named_parameters(), *self.model.named_buffers()]
+        for (name, tensor, content, place, version), (name_now, tensor_now) in zip(self.tensors, now, strict=True):
+            assert name_now == name
+            assert tensor_now is tensor, name
+            assert torch.equal(tensor, content), name
+            assert tensor.data_ptr() == place, name
+            # a counter of batches is counted up where the layer is made to train; no graph can need it
+            assert tensor._version == version or name.endswith("num_batches_tracked"), name
+        for param, grad, content in self.grads:
+            assert param.grad is grad
+            assert grad is None or torch.equal(grad, content)
+        assert all(module.training is mode for module, mode in self.modes)
+        assert torch.equal(torch.get_rng_state(), self.random[0])
+        assert random.getstate() == self.random[1]
+        assert self.current_settings() == self.settings
+
+
+@pytest.fixture
+def unusual_settings():
+    precision, fastpath = torch.get_float32_matmul_precision(), torch.backends.mha.get_fastpath_enabled()
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.mha.set_fastpath_enabled(not fastpath)
+    yield
+    torch.set_float32_matmul_precision(precision)
+    torch.backends.mha.set_fastpath_enabled(fastpath)
+
+
+@pytest.mark.usefixtures("unusual_settings")
+@pytest.mark.parametrize("batchnorm", ["eval", "train"])
+@pytest.mark.parametrize("measurement", MEASUREMENTS)
+def test_nothing_changes(measurement, batchnorm):
+    model = make_model()
+    torch.manual_seed(7)
+    graph = cross_entropy(model, examples())  # the user's, needed again afterwards
+    torch.manual_seed(7)
+    expected = torch.autograd.grad(cross_entropy(model, examples()), list(model.parameters()))
+    state = State(model)
+
+    MEASUREMENTS[measurement](make(model, batchnorm=batchnorm))
+
+    state.assert_unchanged()
+    for grad, other in zip(torch.autograd.grad(graph, list(model.parameters())), expected, strict=True):
+        assert torch.equal(grad, other)
+
+
+class Failing:
+    """A loss that fails at one call."""
+
+    def __init__(self, error):
+        self.error, self.calls, self.at = error, 0, None
+
+    def __call__(self, model, batch):
+        self.calls += 1
+        loss = loss_fn(model, batch)  # the buffers have moved
+        if self.calls == self.at:
+            raise self.error
+        return loss
+
+
+@pytest.mark.usefixtures("unusual_settings")
+@pytest.mark.parametrize("error", [ValueError("boom"), KeyboardInterrupt("boom")], ids=["error", "Ctrl-C"])
+@pytest.mark.parametrize("measurement", MEASUREMENTS)
+def test_nothing_changes_when_the_loss_fails(measurement, error):
+    model, failing = make_model(), Failing(error)
+    state = State(model)
+    objective = make(model, failing, batchnorm="train")
+    failing.calls = 0
+    MEASUREMENTS[measurement](objective)
+    calls = failing.calls
+    assert calls >= 2
+    for at in {1, 2, (calls + 1) // 2, calls}:
+        failing.calls, failing.at = 0, at
+        with pytest.raises(type(error), match="boom"):
+            MEASUREMENTS[measurement](objective)
+        state.assert_unchanged()
+
+
+@pytest.mark.parametrize("at", range(1, 6))
+def test_nothing_changes_when_an_objective_is_refused(at):
+    model, failing = make_model(), Failing(ValueError("boom"))
+    failing.at, state = at, State(model)
+    with pytest.raises(ValueError, match="boom"):
+        make(model, failing, batchnorm="train")
+    state.assert_unchanged()
+
+
+def numbers(result):
+    """All the numbers in a result, as one list of tensors."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, int | float):
+        return [torch.tensor(result, dtype=torch.float64)]
+    if dataclasses.is_dataclass(result):
+        result = {field.name: getattr(result, field.name) for field in dataclasses.fields(result)}
+    values = result.values() if isinstance(result, dict) else result if isinstance(result, tuple) else ()
+    return [tensor for value in values for tensor in numbers(value)]
+
+
+@pytest.mark.parametrize(
+    "context",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")],
+    ids=["no_grad", "inference_mode", "autocast"],
+)
+@pytest.mark.parametrize("measurement", MEASUREMENTS)
+def test_the_context_does_not_count(measurement, context):
+    objective = make(make_model(torch.float32), dtype=torch.float32)
+    state, expected = State(objective.model), numbers(MEASUREMENTS[measurement](objective))
+    with context():
+        found = numbers(MEASUREMENTS[measurement](objective))
+    assert len(found) == len(expected) > 0
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+    state.assert_unchanged()
+
+
+@pytest.mark.usefixtures("unusual_settings")
+@pytest.mark.parametrize("batchnorm", ["eval", "train"])
+@pytest.mark.parametrize("measurement", MEASUREMENTS)
+def test_inside(measurement, batchnorm):
+    seen, modes = [], []
+
+    def watched(model, batch):
+        seen.append(State.current_settings())
+        modes.append([type(module) for module in model.modules() if module.training])
+        return loss_fn(model, batch)
+
+    objective = make(make_model(), watched, batchnorm)
+    with torch.inference_mode(), torch.autocast("cpu"):
+        MEASUREMENTS[measurement](objective)
+    for settings in seen:
+        assert not settings["inference"]
+        assert not settings["autocast"]
+        assert settings["matmul"] == "highest"
+        assert not settings["fast path"]
+    assert all(mode == ([nn.BatchNorm1d] if batchnorm == "train" else []) for mode in modes)
