@@ -3,9 +3,9 @@
     python benchmarks/bench.py [--quick] [--large] [--json PATH]
 
 Three measurements: training steps (steps.py), ascent and restore alone (ascent.py), and sharpness (sharpness.py). One
-thread on one core, CPU time, all variants once in each round, ratios within a round: medians and bootstrap 95 % intervals (measure.py). The
-row "again" is the yardstick once more: no difference smaller than its interval means anything. The other
-implementation is pytorch_optimizer's SAM with adaptive=True, as it is and with foreach=True.
+thread on one core, CPU time, all variants once in each round, ratios within a round: medians and bootstrap 95 %
+intervals (measure.py). The row "again" is the yardstick once more: no difference smaller than its interval means
+anything. The other implementation is pytorch_optimizer's SAM with adaptive=True, as it is and with foreach=True.
 """
 
 import argparse

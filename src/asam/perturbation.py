@@ -70,6 +70,8 @@ class Buffers:
 
         Without ``versions``, autograd does not see the write: for contents that no graph can have seen otherwise.
         """
+        if not self._places:
+            return
         for module, name, buffer in self._places:
             if module._buffers.get(name) is not buffer:  # the module put another tensor in its place
                 module._buffers[name] = buffer

@@ -38,7 +38,7 @@ def steepest(gradient: Tensor, p: float) -> Tensor:
 
     Scaled by the largest magnitude first: squares of small numbers underflow.
     """
-    largest = _largest(gradient)
+    largest = largest_magnitude(gradient)
     if not largest > 0:
         return torch.zeros_like(gradient)
     if p == math.inf:
@@ -92,13 +92,13 @@ def ascend(
         guess = path.maximum(rho) if path else None
         if mirrored:
             u = -best.u
-        elif step == 1 and (random_start or not _largest(origin.gradient) > 0):
+        elif step == 1 and (random_start or not largest_magnitude(origin.gradient) > 0):
             u = random()
         elif step == 1:
             # a little noise: the gradient may miss the direction of the largest curvature altogether
             u = steepest(origin.gradient, metric).mul_(length).add_(random(), alpha=NOISE)
             u = nearest_in_ball(u, p, rho)
-        elif guess is not None and _largest(guess.gradient) > 0:
+        elif guess is not None and largest_magnitude(guess.gradient) > 0:
             u = guess.u
             if step < steps:
                 u.add_(steepest(guess.gradient, p), alpha=min(length, guess.reach))
@@ -111,7 +111,7 @@ def ascend(
         point = evaluate(u, step < steps)
         if point.value == math.inf:  # no worse point is to be found
             return Ascent(u, math.inf, (*history, *[math.inf] * (steps - step + 1)))
-        if math.isnan(point.value) or (step < steps and not math.isfinite(_largest(point.gradient))):
+        if math.isnan(point.value) or (step < steps and not math.isfinite(largest_magnitude(point.gradient))):
             point = best
         improved += point.value > here.value
         if path and step < steps:
@@ -133,7 +133,7 @@ def ascend(
     return Ascent(best.u, history[-1], tuple(history))
 
 
-def _largest(vector: Tensor) -> float:
+def largest_magnitude(vector: Tensor) -> float:
     """The largest magnitude; nan if there is a nan."""
     low, high = torch.stack(torch.aminmax(vector)).tolist()
     return max(-low, high) if low == low else math.nan

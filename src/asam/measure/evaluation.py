@@ -165,8 +165,7 @@ class Evaluation:
             self._buffers.restore(versions=False)
 
     def _restore_buffers(self) -> None:
-        with torch.no_grad():
-            self._between.restore(versions=False)
+        self._between.restore(versions=False)
 
 
 def _described(value: object) -> str:
@@ -199,11 +198,10 @@ def _accumulate(total: list[Tensor], grads: Sequence[Tensor | None], params: Seq
         part = torch.zeros_like(param) if grad is None else grad
         part = part.to_dense() if part.layout != torch.strided else part
         parts.append(part.float() if part.dtype in (torch.float16, torch.bfloat16) else part)
-    with torch.no_grad():
-        if total:
-            torch._foreach_add_(total, parts, alpha=weight)
-        else:
-            total.extend(torch._foreach_mul(parts, weight))
+    if total:
+        torch._foreach_add_(total, parts, alpha=weight)
+    else:
+        total.extend(torch._foreach_mul(parts, weight))
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

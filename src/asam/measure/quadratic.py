@@ -35,22 +35,20 @@ class Path:
 
     def __init__(self, origin: Point, length: int) -> None:
         self._origin = origin
-        self._offsets = origin.u.new_zeros(length, len(origin.u))
-        self._changes = torch.zeros_like(self._offsets)
+        self._offsets = origin.u.new_empty(length, len(origin.u))
+        self._changes = torch.empty_like(self._offsets)
         self._newest: Point | None = None
         self._smooth: list[bool] = []
 
     def restart(self, point: Point) -> None:
         """Forget all points but this one."""
         self._newest, self._smooth = None, []
-        self._offsets.zero_()
-        self._changes.zero_()
         self.append(point)
 
     def append(self, point: Point) -> None:
         """Go on to a point, and forget the oldest."""
         before = self._newest or self._origin
-        row = 1 + len(self._smooth) % (len(self._offsets) - 1) if self._newest else 0
+        row = 1 + (len(self._smooth) - 1) % (len(self._offsets) - 1) if self._newest else 0
         step = torch.sub(point.u, before.u, out=self._offsets[row])
         torch.sub(point.gradient, before.gradient, out=self._changes[row])
         # the trapezoid rule is exact for a quadratic; 2 % and rounding are allowed
@@ -67,7 +65,8 @@ class Path:
         """The maximum in ``||u||_2 <= rho`` and the span, if the function has been quadratic all along the path."""
         if not self._smooth or not all(self._smooth[-len(self._offsets) :]):
             return None
-        offsets, changes = self._offsets, self._changes
+        known = min(len(self._smooth), len(self._offsets))
+        offsets, changes = self._offsets[:known], self._changes[:known]
         products = (offsets @ offsets.T).double()
         lengths = products.diagonal().sqrt()
         held = lengths > 0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_rho
 from ..geometry import Geometry
-from .ascent import Ascent, ascend, steepest
+from .ascent import Ascent, ascend, largest_magnitude, steepest
 from .batches import Piece, grouped
 from .draws import generator_of
 from .evaluation import Evaluation
@@ -174,9 +174,9 @@ class _Ball:
     def __init__(self, objective: Objective, evaluation: Evaluation, geometry: Geometry) -> None:
         weights = dict(zip(objective.params, evaluation.weights, strict=True))
         self.evaluation = evaluation
-        self.p = float(geometry.p)
         self.weights = objective.flat(weights)
         self.scales = objective.scales(geometry)
+        self.p = float(geometry.p)
         self.eps = max(torch.finfo(weight.dtype).eps for weight in evaluation.weights)
 
 
@@ -192,7 +192,9 @@ class _Climb:
         check_finite(self.base)
         self.origin = Point(torch.zeros_like(gradient), self.base, ball.scales * gradient)
         # w + e is rounded to the precision of the weights, and the loss to its own
-        self.rounding = ball.eps * (abs(self.base) + float((ball.weights.double() * gradient.double()).norm()))
+        largest = largest_magnitude(gradient) or 1.0
+        relative = (gradient / largest).mul_(ball.weights)
+        self.rounding = ball.eps * (abs(self.base) + largest * float(relative.norm()))
 
     def evaluate(self, u: Tensor, with_gradient: bool) -> Point:
         self.ball.evaluation.move(u, self.ball.scales)
