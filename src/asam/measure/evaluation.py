@@ -109,6 +109,7 @@ class Evaluation:
                     )
                 losses.append(loss.detach())
                 _accumulate(gradient, grads, self._params, piece.size / examples)
+                del loss, grads
                 self._restore_buffers()
         sizes = torch.tensor([piece.size for piece in pieces], dtype=torch.float64)
         mean = torch.stack(losses).double().cpu() @ sizes / examples

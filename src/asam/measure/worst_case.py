@@ -6,6 +6,7 @@
 An ascent finds a lower bound of the maximum. Sources: Foret et al., arXiv:2010.01412; Kwon et al., arXiv:2102.11600.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -172,9 +173,7 @@ class _Ball:
     """The ball around the weights at hand, in u = T^-1 e."""
 
     def __init__(self, objective: Objective, evaluation: Evaluation, geometry: Geometry) -> None:
-        weights = dict(zip(objective.params, evaluation.weights, strict=True))
         self.evaluation = evaluation
-        self.weights = objective.flat(weights)
         self.scales = objective.scales(geometry)
         self.p = float(geometry.p)
         self.eps = max(torch.finfo(weight.dtype).eps for weight in evaluation.weights)
@@ -190,11 +189,16 @@ class _Climb:
         ball.evaluation.move(None)
         self.base, gradient = ball.evaluation.loss_and_gradient(pieces)
         check_finite(self.base)
-        self.origin = Point(torch.zeros_like(gradient), self.base, ball.scales * gradient)
         # w + e is rounded to the precision of the weights, and the loss to its own
         largest = largest_magnitude(gradient) or 1.0
-        relative = (gradient / largest).mul_(ball.weights)
-        self.rounding = ball.eps * (abs(self.base) + largest * float(relative.norm()))
+        parts = torch.split(gradient, [weight.numel() for weight in ball.evaluation.weights])
+        norms = [
+            float((part.view_as(weight).to(weight.device) / largest * weight).norm())
+            for part, weight in zip(parts, ball.evaluation.weights, strict=True)
+        ]
+        self.rounding = ball.eps * (abs(self.base) + largest * math.hypot(*norms))
+        nowhere = gradient.new_zeros(()).expand_as(gradient)  # 0 without memory
+        self.origin = Point(nowhere, self.base, gradient.mul_(ball.scales))
 
     def evaluate(self, u: Tensor, with_gradient: bool) -> Point:
         self.ball.evaluation.move(u, self.ball.scales)
