@@ -35,6 +35,36 @@ def loss_fn(model, batch):
 def dropout():
     return nn.Linear(3, 2), lambda model, batch: nn.functional.dropout(model(batch[0])).mean(), make()[2]
 
+def shuffled():
+    model, loss_fn, _ = make()
+    torch.seed()
+    inputs = torch.randn(4000, 3, generator=torch.Generator().manual_seed(0))
+    dataset = torch.utils.data.TensorDataset(inputs, (inputs[:, 0] > 0).long())
+    return model, loss_fn, torch.utils.data.DataLoader(dataset, 50, shuffle=True)
+
+def talkative():
+    print("hello")
+    return make()[0], lambda model, batch: (print("again"), loss_fn(model, batch))[1], make()[2]
+
+def exits():
+    raise SystemExit(3)
+
+def faulty():
+    def loss_fn(model, batch):
+        return {}["labels"]
+    return make()[0], loss_fn, make()[2]
+
+def percent():
+    def loss_fn(model, batch):
+        return model(batch[0]).square().mean(), {"error": 17.5}
+    return make()[0], loss_fn, make()[2]
+
+def tensor_held_out():
+    return *make(), torch.ones(3, 3)
+
+def nan():
+    return make()[0], lambda model, batch: model(batch[0]).mean() * float("nan"), make()[2]
+
 def wrong():
     return 1, 2, 3
 
@@ -137,6 +167,62 @@ def test_only_so_many_examples(asam):
     assert (code, json.loads(out)["examples"]) == (0, 21)
 
 
+def test_what_the_users_code_prints_is_no_part_of_the_json(asam):
+    code, out, err = asam("measure", "own:talkative", "--json", *QUICK)
+    assert (code, json.loads(out)["examples"]) == (0, 40)
+    assert "hello" in err
+    assert "again" in err
+
+
+def test_a_shuffled_loader_gives_the_same_examples_to_every_network(asam, tmp_path):
+    sys.path.insert(0, str(tmp_path))
+    import own
+
+    for name in ("one", "two"):
+        torch.save(own.make()[0].state_dict(), tmp_path / f"{name}.pt")
+    arguments = ["--model", "own:shuffled", "--examples", 60, "--points", 3, "--seed", 5]
+    assert asam("landscape", "one.pt", "two.pt", *arguments)[0] == 0
+    one, two = (LossPlane.load(tmp_path / "asam-landscape" / f"plane-{name}.npz") for name in ("one", "two"))
+    assert torch.equal(one.values["loss"], two.values["loss"])
+
+
+def test_bounds_need_two_examples(asam):
+    code, out, _ = asam("measure", "own:make", "--examples", 1, "--json", *QUICK)
+    assert (code, json.loads(out)["bounds"]) == (0, [])
+
+
+def test_no_prior_where_running_statistics_know_the_sample(asam, runs):
+    found = json.loads(asam("measure", runs / "sgd-cnn", "--json", *QUICK)[1])
+    assert [bound["explanation"].split()[0] for bound in found["bounds"]] == ["SAM", "ASAM", "Held-out"]
+
+
+def test_the_certificate_states_the_probability_of_all_three(asam, runs):
+    found = json.loads(asam("measure", runs / "sgd-mlp", "--json", *QUICK)[1])
+    assert {bound["delta"] for bound in found["bounds"]} == {0.05}
+
+
+def test_many_eigenvalues(asam):
+    code, out, _ = asam("measure", "own:make", "--json", "--samples", 2, "--steps", 2, "--eigenvalues", 200)
+    assert code == 0
+    assert all(len(row["value"]) == 50 for row in json.loads(out)["rows"] if "eigenvalues" in row["quantity"])
+
+
+def test_a_landscape_that_cannot_be_written_leaves_nothing(asam, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device", "landscape.html")
+
+    monkeypatch.setattr("asam.experiments.landscapes.landscape_page", full)
+    code, _, err = asam("landscape", "own:make", "--points", 3)
+    assert code == 2
+    assert err.strip().splitlines()[-1] == "asam: landscape.html: No space left on device"
+    assert list((tmp_path / "asam-landscape").iterdir()) == []
+
+
+def test_networks_of_different_architecture_have_no_way_between_them(asam, runs):
+    _, _, err = asam("landscape", runs / "sgd-mlp", runs / "sgd-cnn", "--points", 3)
+    assert "no way from sgd-mlp to sgd-cnn: they are not of the same architecture" in err
+
+
 def test_m_sharpness_has_a_standard_error(asam):
     code, out, _ = asam("measure", "own:make", "--m", 8, "--json", *QUICK)
     assert code == 0
@@ -193,26 +279,37 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
         (["measure", "nothing"], "nothing is not a run of asam compare, and there is no such file"),
         (["measure", "own.py"], "name the function that makes its model with --model module:function"),
         (["measure", "nothing.pt", "--model", "own:make"], "there is no checkpoint nothing.pt"),
-        (["measure", "own.py", "--model", "own:make"], "own.py does not load as weights only"),
+        (
+            ["measure", "own.py", "--model", "own:make"],
+            "own.py is not a checkpoint of tensors alone (UnpicklingError): save model.state_dict()",
+        ),
         (["measure", "other.pt", "--model", "own:make"], "the checkpoint does not fit the model"),
         (["measure", "list.pt", "--model", "own:make"], "list.pt holds no state dict"),
-        (["measure", "pickle.pt", "--model", "own:make"], "pickle.pt does not load as weights only"),
+        (["measure", "pickle.pt", "--model", "own:make"], "pickle.pt is not a checkpoint of tensors alone"),
         (["measure", "own:nothing"], "own:nothing: AttributeError"),
         (["measure", "nowhere:make"], "nowhere:make: ModuleNotFoundError"),
         (["measure", ":make"], "a function is named module:function, got ':make'"),
-        (["measure", "own:wrong"], "own:wrong must return (model, loss_fn, data)"),
+        (["measure", "own:wrong"], "own:wrong: it must return (model, loss_fn, data)"),
         (["measure", "own:broken"], "own:broken: OSError: no such data"),
+        (["measure", "own:exits"], "own:exits: SystemExit: 3"),
+        (["measure", "own:faulty"], "own:faulty: the loss raised KeyError: 'labels'"),
+        (["measure", "own:percent"], "own:percent: the mean 'error' must be a share of the examples, in [0, 1], got"),
+        (["measure", "own:tensor_held_out"], "own:tensor_held_out: TypeError: data must be an iterable of batches"),
+        (["measure", "empty.pt", "--model", "own:make"], "empty.pt is not a checkpoint of tensors alone"),
+        (["measure", "own:make", "--rho", "1e200"], "--rho must be a number > 0 and < 1e+18"),
+        (["landscape", "own:nan"], "own:nan: the loss at the weights is nan"),
+        (["landscape", "m one.pt", "m-one.pt", "--model", "own:make"], "two targets are called m-one"),
         (["measure", "own:dropout"], "the loss is not deterministic"),
         (["measure", "own:make", "--normalize-logits"], "--normalize-logits is for runs"),
-        (["measure", "own:make", "--rho", "-1"], "--rho must be a finite number > 0, got -1"),
-        (["measure", "own:make", "--adaptive-rho", "nan"], "--adaptive-rho must be a finite number > 0, got nan"),
-        (["measure", "own:make", "--eta", "-1"], "--eta must be a finite number >= 0, got -1"),
+        (["measure", "own:make", "--rho", "-1"], "--rho must be a number > 0 and < 1e+18, got -1"),
+        (["measure", "own:make", "--adaptive-rho", "nan"], "--adaptive-rho must be a number > 0 and < 1e+18, got nan"),
+        (["measure", "own:make", "--eta", "-1"], "--eta must be a number >= 0 and < 1e+18, got -1"),
         (["measure", "own:make", "--samples", "3"], "--samples must be even, got 3"),
         (["measure", "own:make", "--steps", "0"], "Invalid value for '--steps'"),
         (["measure", "own:make", "--bias", "free"], "Invalid value for '--bias'"),
         (["landscape"], "Missing argument 'targets'"),
-        (["landscape", "own:make", "own:make"], "two targets are called own:make"),
-        (["landscape", "own:make", "--span", "inf"], "--span must be a finite number > 0, got inf"),
+        (["landscape", "own:make", "own:make"], "two targets are called own-make"),
+        (["landscape", "own:make", "--span", "inf"], "--span must be a number > 0 and < 1e+18, got inf"),
         (["landscape", "own:make", "--out", "own.py"], "own.py is a file: choose another --out"),
         (["landscape", "own:dropout"], "the loss is not deterministic"),
     ],
@@ -221,6 +318,9 @@ def test_bad_input_is_one_line_and_exit_code_2(asam, tmp_path, arguments, messag
     torch.save({"other": torch.ones(2)}, tmp_path / "other.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save(nn.Linear(1, 1), tmp_path / "pickle.pt")
+    (tmp_path / "empty.pt").touch()
+    for name in ("m one.pt", "m-one.pt"):
+        torch.save(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)).state_dict(), tmp_path / name)
     code, out, err = asam(*arguments)
     last = err.strip().splitlines()[-1]
     assert code == 2

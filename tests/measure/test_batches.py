@@ -1,11 +1,13 @@
 """Batches of any structure, counted and cut by examples."""
 
+import dataclasses
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 
-from asam.measure.batches import grouped, pieces_of
+from asam.measure.batches import first, grouped, pieces_of
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -41,18 +43,24 @@ def test_what_is_not_cut_is_the_batch_itself():
 
 
 def test_every_structure_keeps_its_type():
-    scale, weights = torch.tensor(2.0), torch.ones(7)
+    scale, model = torch.tensor(2.0), object()
     batch = {
         "scale": scale,
         "pair": Pair(rows(0, 4), [rows(4, 8), None]),
         "both": (rows(0, 8).view(4, 2), "name"),
-        "weights": weights,
+        "array": np.arange(4),
+        "names": ["a", "b", "c", "d"],
+        "one": ["a"],
+        "model": model,
     }
-    first, last = (group[0].batch for group in grouped(pieces_of([batch]), 3))
-    assert first["scale"] is last["scale"] is scale
-    assert first["weights"] is last["weights"] is weights
-    assert isinstance(first["pair"], Pair)
-    assert torch.equal(first["pair"].x, rows(0, 3))
+    head, last = (group[0].batch for group in grouped(pieces_of([batch]), 3))
+    assert head["scale"] is last["scale"] is scale
+    assert head["model"] is last["model"] is model
+    assert head["array"].tolist() == [0, 1, 2]
+    assert last["names"] == ["d"]
+    assert head["one"] == last["one"] == ["a"]
+    assert isinstance(head["pair"], Pair)
+    assert torch.equal(head["pair"].x, rows(0, 3))
     assert torch.equal(last["pair"].y[0], rows(7, 8))
     assert last["pair"].y[1] is None
     assert torch.equal(last["both"][0], torch.tensor([[6, 7]]))
@@ -65,12 +73,45 @@ def test_every_structure_keeps_its_type():
         (rows(0, 3), 3),
         ((torch.tensor(1.0), rows(0, 3)), 3),
         ({"a": {"b": [rows(0, 5)]}}, 5),
+        (np.arange(4), 4),
+        (None, 1),
+        (3.5, 1),
         ((1, "a", None), 1),
         (torch.tensor(1.0), 1),
     ],
 )
-def test_size_is_that_of_the_first_tensor(batch, size):
+def test_size_is_the_length_of_the_tensors(batch, size):
     assert [piece.size for piece in pieces_of([batch])] == [size]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_lengths_that_differ_are_refused(order):
+    entries = [("class_weights", rows(0, 3)), ("x", rows(0, 4))][::order]
+    with pytest.raises(ValueError, match=r"tensors of a batch have different lengths, \[[34], [34]\]"):
+        pieces_of([dict(entries)])
+
+
+@pytest.mark.parametrize("batch", [dataclasses.make_dataclass("Custom", ["x"])(rows(0, 3)), object(), {1, 2}])
+def test_a_batch_that_cannot_be_looked_into_is_refused(batch):
+    with pytest.raises(TypeError, match=f"examples of a batch of type {type(batch).__name__} cannot be counted"):
+        pieces_of([batch])
+
+
+@pytest.mark.parametrize("data", [rows(0, 3), {"x": rows(0, 3)}, "digits", 3])
+def test_what_is_no_iterable_of_batches(data):
+    for read in (pieces_of, lambda data: first(data, 2)):
+        with pytest.raises(TypeError, match="data must be an iterable of batches"):
+            read(data)
+
+
+def test_first_reads_no_more_than_it_needs():
+    def data():
+        yield rows(0, 3)
+        yield rows(3, 8)
+        raise AssertionError("read on")
+
+    assert [batch.tolist() for batch in first(data(), 5)] == [[0, 1, 2], [3, 4]]
+    assert [batch.tolist() for batch in first([rows(0, 3)], 5)] == [[0, 1, 2]]
 
 
 def test_empty_batches_are_passed_over():

@@ -240,3 +240,11 @@ def test_matches_curvlinops(curvlinops, name):
     close(top_eigenvalues(ours, 2, tol=1e-7).values, torch.from_numpy(values).sort(descending=True).values)
     exact = (theirs @ torch.eye(ours.shape[0], dtype=torch.float64)).trace().item()
     assert trace(ours, matvecs=3 * ours.shape[0]).value == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1,), (), (2, 3, 1)])
+def test_what_is_no_column_is_refused(shape):
+    model = nn.Linear(2, 1, bias=False)
+    operator = hessian(Objective(model, lambda model, x: model(x).square().mean(), [torch.ones(1, 2)]))
+    with pytest.raises(ValueError, match=r"takes a vector of shape \(2,\) or a matrix of such columns, got shape"):
+        operator.matvec(torch.ones(shape))

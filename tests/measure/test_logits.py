@@ -32,6 +32,12 @@ def test_equal_logits_become_zeros():
     assert torch.equal(normalized_logits(torch.full((2, 5), 3.0)), torch.zeros(2, 5))
 
 
+def test_equal_logits_have_a_gradient():
+    logits = torch.zeros(1, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(normalized_logits(logits), torch.tensor([0])), logits)
+    assert gradient.isfinite().all()
+
+
 def test_sharpness_does_not_see_the_scale_of_the_logits():
     def loss_fn(model, batch):
         return nn.functional.cross_entropy(normalized_logits(model(batch[0])), batch[1])

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from . import InputError
 
 INTERRUPTED = 130
+LARGEST = 1e18  # squares of larger numbers leave the range of float32
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
@@ -106,10 +108,10 @@ def measure(
     """
     for name, values in (("--rho", rho), ("--adaptive-rho", adaptive_rho)):
         for value in values:
-            if not 0 < value < math.inf:
-                raise InputError(f"{name} must be a finite number > 0, got {value:g}")
-    if not 0 <= eta < math.inf:
-        raise InputError(f"--eta must be a finite number >= 0, got {eta:g}")
+            if not 0 < value < LARGEST:
+                raise InputError(f"{name} must be a number > 0 and < {LARGEST:g}, got {value:g}")
+    if not 0 <= eta < LARGEST:
+        raise InputError(f"--eta must be a number >= 0 and < {LARGEST:g}, got {eta:g}")
     if samples % 2:
         raise InputError(f"--samples must be even, got {samples}")
 
@@ -117,7 +119,8 @@ def measure(
     from .measuring import measure as measured
     from .targets import find
 
-    found_target = find(target, model, normalize_logits=normalize_logits)
+    with _refusals():
+        (found_target,) = find([target], model, examples=examples, seed=seed, normalize_logits=normalize_logits)
     settings = Settings(
         rhos=tuple(sorted(rho)),
         adaptive_rhos=tuple(sorted(adaptive_rho)),
@@ -135,7 +138,7 @@ def measure(
     with _progress(f"measuring {found_target.name}", settings.passes()) as advance, _refusals():
         found = measured(found_target, settings, advance)
     if as_json:
-        print(json.dumps(_without_nan(found)))
+        print(json.dumps(_plain(found)))
         return
     console = Console()
     for line in summary(found):
@@ -158,19 +161,24 @@ def landscape(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
 ) -> None:
     """Slices of the loss landscape of one or several networks, and a page to turn them in three dimensions."""
-    if not 0 < span < math.inf:
-        raise InputError(f"--span must be a finite number > 0, got {span:g}")
+    if not 0 < span < LARGEST:
+        raise InputError(f"--span must be a number > 0 and < {LARGEST:g}, got {span:g}")
 
-    from .landscapes import compute, passes, prepare, save
+    from .landscapes import compute, file_name, passes, prepare, save
     from .targets import find
 
-    found = [find(target, model, normalize_logits=normalize_logits) for target in targets]
-    names = [target.name for target in found]
+    with _refusals():
+        found = find(targets, model, examples=examples, seed=seed, normalize_logits=normalize_logits)
+    names = [file_name(target.name) for target in found]
     if len(set(names)) < len(names):
         raise InputError(f"two targets are called {next(name for name in names if names.count(name) > 1)}")
     prepare(out, force=force)
     with _progress(f"{len(found)} landscapes", passes(found, points)) as advance, _refusals():
-        slices = compute(found, examples, points, span, seed, advance)
+        slices = compute(found, points, span, seed, advance)
+    for one, other in pairwise(found):
+        if f"{one.name} to {other.name}" not in slices.interpolations:
+            message = f"asam: no way from {one.name} to {other.name}: they are not of the same architecture"
+            print(message, file=sys.stderr)
     files = save(slices, out)
     Console().print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
@@ -194,13 +202,15 @@ def _refusals() -> Iterator[None]:
         raise InputError(" ".join(str(error).split())) from error
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no nan and no inf."""
+def _plain(value: Any) -> Any:
+    """JSON has no nan, which becomes null, and no inf, which becomes a string."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def run() -> int:

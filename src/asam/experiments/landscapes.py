@@ -1,6 +1,7 @@
 """Slices of the loss landscapes of several networks: planes, lines and the ways from one to the next."""
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,12 +13,12 @@ import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from ..measure import LossLine, LossPlane, Objective, interpolate, loss_line, loss_plane, random_direction
+from ..measure import LossLine, LossPlane, interpolate, loss_line, loss_plane, random_direction
 from ..measure.page import landscape_page
 from ..measure.plots import plot_line, plot_plane
 from . import InputError
 from .compare import write
-from .targets import Target
+from .targets import Target, counted
 
 PAGE = "landscape.html"
 
@@ -51,15 +52,16 @@ def prepare(folder: Path, *, force: bool) -> None:
 def passes(targets: list[Target], points: int) -> int:
     """Forward passes over the data that the slices take, with their checks."""
     odd = points + 1 - points % 2
-    return len(targets) * (odd * odd + 2 * odd + 4) + (len(targets) - 1) * points
+    return len(targets) * (odd * odd + 2 * odd + 7) + (len(targets) - 1) * points
 
 
-def compute(
-    targets: list[Target], examples: int, points: int, span: float, seed: int, advance: Callable[[float], None]
-) -> Slices:
+def compute(targets: list[Target], points: int, span: float, seed: int, advance: Callable[[float], None]) -> Slices:
     """The slices; every network is cut along directions of the same random numbers, scaled to its own filters."""
     planes, lines, ways = {}, {}, {}
-    objectives = [_counted(target, examples, advance) for target in targets]
+    objectives = [counted(target, advance) for target in targets]
+    for target, objective in zip(targets, objectives, strict=True):
+        if not math.isfinite(loss := objective.loss()):
+            raise InputError(f"{target.name}: the loss at the weights is {loss}")
     for target, objective in zip(targets, objectives, strict=True):
         x, y = (random_direction(objective, seed=2 * seed + i) for i in range(2))
         spans = {"x_span": (-span, span), "y_span": (-span, span)}
@@ -72,26 +74,22 @@ def compute(
 
 
 def save(slices: Slices, folder: Path) -> list[Path]:
-    """Write the slices, their plots and the page; return the files."""
+    """Write the slices, their plots and the page; return the files. All of them or, where that fails, none."""
     files = []
-    for kind, found in (("plane", slices.planes), ("line", slices.lines), ("way", slices.interpolations)):
-        for name, piece in found.items():
-            files.append(folder / f"{kind}-{_file_name(name)}.npz")
-            piece.save(files[-1])
-    write(folder / "planes.svg", _planes(slices))
-    write(folder / "lines.svg", _lines(slices))
-    write(folder / PAGE, landscape_page(slices.planes, slices.lines, slices.interpolations))
-    return [*files, folder / "planes.svg", folder / "lines.svg", folder / PAGE]
-
-
-def _counted(target: Target, examples: int, advance: Callable[[float], None]) -> Objective:
-    batches = target.batches(examples)
-
-    def loss_fn(model: torch.nn.Module, batch: Any) -> Any:
-        advance(1 / len(batches))
-        return target.loss_fn(model, batch)
-
-    return Objective(target.model, loss_fn, batches)
+    try:
+        for kind, found in (("plane", slices.planes), ("line", slices.lines), ("way", slices.interpolations)):
+            for name, piece in found.items():
+                files.append(folder / f"{kind}-{file_name(name)}.npz")
+                piece.save(files[-1])
+        page = landscape_page(slices.planes, slices.lines, slices.interpolations)
+        for name, text in (("planes.svg", _planes(slices)), ("lines.svg", _lines(slices)), (PAGE, page)):
+            files.append(folder / name)
+            write(files[-1], text)
+    except BaseException:
+        for file in files:
+            file.unlink(missing_ok=True)
+        raise
+    return files
 
 
 def _planes(slices: Slices) -> str:
@@ -138,5 +136,6 @@ def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.state_dict().items()}
 
 
-def _file_name(name: str) -> str:
+def file_name(name: str) -> str:
+    """The part of a file's name that stands for a network."""
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in name)

@@ -2,10 +2,9 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from rich.table import Column, Table
 
 from ..geometry import Geometry
@@ -22,8 +21,9 @@ from ..measure import (
     trace,
     worst_case_sharpness,
 )
+from . import InputError
 from .environment import environment
-from .targets import Target
+from .targets import Target, counted
 
 DELTA = 0.05
 ETA = 0.01  # of the ball of ASAM's bound, which is infinite without it
@@ -61,16 +61,17 @@ class Settings:
 
 def measure(target: Target, settings: Settings, advance: Callable[[float], None]) -> dict[str, Any]:
     """All measurements; ``advance`` is called with the passes over the data that were made."""
-
-    def loss_fn(model: torch.nn.Module, batch: Any) -> Any:
-        result = target.loss_fn(model, batch)
-        advance((3 if torch.is_grad_enabled() else 1) / batches)
-        return result
-
-    batches = 1
-    objective = Objective(target.model, loss_fn, target.batches(settings.examples))
-    batches = len(objective.pieces)
+    held_out = {}
+    for name, data in target.held_out.items():
+        fresh = counted(replace(target, data=data), lambda passes: None)
+        held_out[name] = {**fresh.means(), "examples": fresh.examples}
+    objective = counted(target, advance)
     means = objective.means()
+    errors = [found["error"] for found in (means, *held_out.values()) if "error" in found]
+    if not all(0 <= error <= 1 for error in errors):
+        raise InputError(
+            f"{target.name}: the mean 'error' must be a share of the examples, in [0, 1], got {max(errors):g}"
+        )
     k = objective.like.numel()
     adaptive = Geometry(settings.normalization, eta=settings.eta, bias=settings.bias)
     plain = Geometry("none")
@@ -78,7 +79,9 @@ def measure(target: Target, settings: Settings, advance: Callable[[float], None]
     for geometry, rhos in ((plain, settings.rhos), (adaptive, settings.adaptive_rhos)):
         rows += _sharpness(objective, geometry, rhos, k, settings)
     for name, operator in (("H", hessian(objective)), ("THT", hessian(objective, geometry=adaptive))):
-        found = top_eigenvalues(operator, settings.eigenvalues, seed=settings.seed)
+        found = top_eigenvalues(
+            operator, settings.eigenvalues, max_matvecs=max(100, 3 * settings.eigenvalues), seed=settings.seed
+        )
         rows.append(
             {
                 "quantity": f"top eigenvalues of {name}",
@@ -88,10 +91,6 @@ def measure(target: Target, settings: Settings, advance: Callable[[float], None]
         )
         estimate = trace(operator, matvecs=settings.matvecs, seed=settings.seed)
         rows.append({"quantity": f"trace of {name}", "value": estimate.value, "stderr": estimate.stderr})
-    held_out = {}
-    for name, data in target.held_out.items():
-        fresh = Objective(target.model, target.loss_fn, data)
-        held_out[name] = {**fresh.means(), "examples": fresh.examples}
     return {
         "target": target.name,
         "settings": asdict(settings),
@@ -100,7 +99,7 @@ def measure(target: Target, settings: Settings, advance: Callable[[float], None]
         "training": means,
         "held_out": held_out,
         "rows": rows,
-        "bounds": _bounds(target, objective, settings, held_out) if "error" in means else [],
+        "bounds": _bounds(target, objective, settings, held_out) if "error" in means and objective.examples > 1 else [],
         "environment": environment(),
     }
 
@@ -166,8 +165,9 @@ def _bounds(
             )
             for sigma in SIGMAS
         ]
-        bounds.append(min(certificates, key=lambda certificate: certificate.value))
-    if held_out:
+        # all of them hold together with probability 1 - DELTA
+        bounds.append(replace(min(certificates, key=lambda certificate: certificate.value), delta=DELTA))
+    if held_out and "error" in next(iter(held_out.values())):
         fresh = next(iter(held_out.values()))
         bounds.append(holdout_bound(round(fresh["error"] * fresh["examples"]), fresh["examples"], delta=DELTA))
     return [{**asdict(bound), "explanation": bound.explain()} for bound in bounds]
@@ -205,6 +205,8 @@ def terminal_table(found: dict[str, Any]) -> Table:
 
 
 def _remark(row: dict[str, Any]) -> str:
+    if row["value"] != row["value"]:
+        return "the loss is nan there"
     if "noise_floor" in row and abs(row["value"]) < row["noise_floor"]:
         return "below rounding"
     if not row.get("converged", True):

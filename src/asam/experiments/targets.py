@@ -1,11 +1,12 @@
 """What is measured: a run of the comparison, or a model of the user's own with its loss and data."""
 
+import copy
 import importlib
 import json
-import pickle
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..measure import normalized_logits
+from ..measure import Objective, normalized_logits
 from ..measure.batches import first
 from . import InputError
 from .data import load
@@ -26,41 +27,46 @@ WEIGHTS = ("state_dict", "model_state_dict", "model")  # where checkpoints of ot
 class Target:
     """A model with what is needed to measure it.
 
-    ``held_out`` holds data sets by their names, the first of the same distribution as the training data. ``prior``
-    holds the weights before training, where they are known.
+    ``data`` holds the training examples to measure on. ``held_out`` holds data sets by their names, the first of the
+    same distribution. ``prior`` holds the weights before training, where they are known.
     """
 
     name: str
     model: nn.Module
     loss_fn: Callable[[nn.Module, Any], Any]
-    data: Iterable[Any]
-    held_out: dict[str, Iterable[Any]] = field(default_factory=dict)
+    data: list[Any]
+    held_out: dict[str, list[Any]] = field(default_factory=dict)
     prior: dict[str, Tensor] | None = None
 
-    def batches(self, examples: int) -> list[Any]:
-        """The first so many examples of the training data."""
-        return first(self.data, examples)
 
+def find(
+    names: Sequence[str], function: str | None, *, examples: int, seed: int, normalize_logits: bool
+) -> list[Target]:
+    """What the user means by each name: a run's file, a checkpoint with a function, or a function alone.
 
-def find(target: str, function: str | None, *, normalize_logits: bool) -> Target:
-    """The target that the user means: a run's file, a checkpoint with a function, or a function alone.
+    A function is called once, from a fixed seed, so that all its checkpoints are measured on the same data.
 
     Raises:
         InputError: there is no such thing, or it is not what it should be.
     """
-    if function is not None:
-        model, loss_fn, data, held_out = _call(function)
-        _load_weights(model, _checkpoint(Path(target)))
-    elif ":" in target and not Path(target).exists():
-        model, loss_fn, data, held_out = _call(target)
-    else:
-        return _run(Path(target), normalize_logits)
-    if normalize_logits:
-        raise InputError("--normalize-logits is for runs: in a loss of your own, use asam.measure.normalized_logits")
-    return Target(Path(target).stem if function else target, model, loss_fn, data, held_out)
+    targets: list[Target] = []
+    made = None if function is None else _call(function, examples, seed)
+    for name in names:
+        if made is not None:
+            model = copy.deepcopy(made.model)
+            _load_weights(model, _checkpoint(Path(name)))
+            targets.append(replace(made, name=Path(name).stem, model=model))
+        elif ":" in name and not Path(name).exists():
+            targets.append(_call(name, examples, seed))
+        else:
+            targets.append(_run(Path(name), examples, normalize_logits))
+            continue
+        if normalize_logits:
+            raise InputError("--normalize-logits is for runs: in your loss, use asam.measure.normalized_logits")
+    return targets
 
 
-def _run(path: Path, normalize_logits: bool) -> Target:
+def _run(path: Path, examples: int, normalize_logits: bool) -> Target:
     if path.is_dir():
         raise InputError(f"{path} is a folder: name one of its runs, such as {_example(path)}")
     bare = path.with_suffix("") if path.suffix in (".json", ".pt") else path
@@ -77,8 +83,10 @@ def _run(path: Path, normalize_logits: bool) -> Target:
     data = load(run.dataset, run.data_dir, run.noise, run.seed)
     model = initial_network(run, data)
     prior = {name: param.detach().clone() for name, param in model.named_parameters()}
+    # running statistics come from the training data, and no prior may
+    known_prior = None if any(buffer.is_floating_point() for buffer in model.buffers()) else prior
     _load_weights(model, _checkpoint(weights))
-    held_out: dict[str, Iterable[Any]] = {"held-out error": [(data.test.inputs, data.test.labels)]}
+    held_out: dict[str, list[Any]] = {"held-out error": [(data.test.inputs, data.test.labels)]}
     if run.noise > 0:
         noisy = [(data.noisy_test.inputs, data.noisy_test.labels)]
         held_out = {
@@ -86,7 +94,24 @@ def _run(path: Path, normalize_logits: bool) -> Target:
             "held-out error, clean labels": [(data.test.inputs, data.test.labels)],
         }
     loss_fn = _normalized_loss if normalize_logits else _loss
-    return Target(bare.name, model, loss_fn, [(data.train.inputs, data.train.labels)], held_out, prior)
+    batches = first([(data.train.inputs, data.train.labels)], examples)
+    return Target(bare.name, model, loss_fn, batches, held_out, known_prior)
+
+
+def counted(target: Target, advance: Callable[[float], None]) -> Objective:
+    """The objective of a target; ``advance`` is called with the passes made, a backward pass counted as two."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> Any:
+        try:
+            with redirect_stdout(sys.stderr):
+                result = target.loss_fn(model, batch)
+        except Exception as error:
+            message = " ".join(str(error).split())
+            raise InputError(f"{target.name}: the loss raised {type(error).__name__}: {message}") from error
+        advance((3 if torch.is_grad_enabled() else 1) / len(target.data))
+        return result
+
+    return Objective(target.model, loss_fn, target.data)
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -105,7 +130,7 @@ def _example(folder: Path) -> str:
     return str(next((file.with_suffix("") for file in sorted(runs.glob("*.json"))), folder / "runs" / "asam-x1-seed0"))
 
 
-def _call(function: str) -> tuple[nn.Module, Callable[[nn.Module, Any], Any], Iterable[Any], dict[str, Iterable[Any]]]:
+def _call(function: str, examples: int, seed: int) -> Target:
     """What the user's function returns; modules are looked for in the current folder too."""
     module_name, _, name = function.partition(":")
     if not module_name or not name:
@@ -113,19 +138,23 @@ def _call(function: str) -> tuple[nn.Module, Callable[[nn.Module, Any], Any], It
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
+    torch.manual_seed(seed)
     try:
-        made = getattr(importlib.import_module(module_name), name)()
-    except Exception as error:
+        # what the user's code prints is no part of the results
+        with redirect_stdout(sys.stderr):
+            made = getattr(importlib.import_module(module_name), name)()
+            if not (isinstance(made, tuple) and len(made) in (3, 4)):
+                made = None, None, None
+            model, loss_fn, data = made[:3]
+            if not (isinstance(model, nn.Module) and callable(loss_fn) and isinstance(data, Iterable)):
+                raise InputError("it must return (model, loss_fn, data) or (model, loss_fn, data, held_out)")
+            batches = first(data, examples)
+            held_out = {"held-out error": first(made[3], sys.maxsize)} if len(made) == 4 else {}
+    except InputError as error:
+        raise InputError(f"{function}: {error}") from None
+    except (Exception, SystemExit) as error:
         raise InputError(f"{function}: {type(error).__name__}: {' '.join(str(error).split())}") from error
-    if not (
-        isinstance(made, tuple)
-        and len(made) in (3, 4)
-        and isinstance(made[0], nn.Module)
-        and callable(made[1])
-        and isinstance(made[2], Iterable)
-    ):
-        raise InputError(f"{function} must return (model, loss_fn, data) or (model, loss_fn, data, held_out)")
-    return made[0], made[1], made[2], {"held-out error": made[3]} if len(made) == 4 else {}
+    return Target(function, model, loss_fn, batches, held_out)
 
 
 def _checkpoint(path: Path) -> Mapping[str, Any]:
@@ -133,9 +162,12 @@ def _checkpoint(path: Path) -> Mapping[str, Any]:
         raise InputError(f"there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{path} does not load as weights only: {reason}") from None
+    except OSError:
+        raise
+    except Exception as error:  # what a broken file raises depends on where it breaks
+        raise InputError(
+            f"{path} is not a checkpoint of tensors alone ({type(error).__name__}): save model.state_dict()"
+        ) from None
     for key in WEIGHTS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

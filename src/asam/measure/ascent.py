@@ -26,7 +26,10 @@ NOISE = 1e-3
 
 @dataclass(frozen=True)
 class Ascent:
-    """The best point found, the rise of the function there, and the best rise after 0, 1, ... steps."""
+    """The best point found, the rise of the function there, and the best rise after 0, 1, ... steps.
+
+    The rise is nan where the function is a number nowhere but at the origin.
+    """
 
     u: Tensor
     rise: float
@@ -83,6 +86,7 @@ def ascend(
     length = 2 * rho
     checkpoints = _checkpoints(steps)
     improved, since, best_then, halved = 0, 0, best.value, True
+    numbers = 0
 
     def random() -> Tensor:
         return rho * random_on_sphere(movable, p, generator, origin.u.dtype)
@@ -111,6 +115,7 @@ def ascend(
         point = evaluate(u, step < steps)
         if point.value == math.inf:  # no worse point is to be found
             return Ascent(u, math.inf, (*history, *[math.inf] * (steps - step + 1)))
+        numbers += not math.isnan(point.value)
         if math.isnan(point.value) or (step < steps and not math.isfinite(largest_magnitude(point.gradient))):
             point = best
         improved += point.value > here.value
@@ -130,6 +135,8 @@ def ascend(
             here, previous = best, best.u
             if path:
                 path.restart(best)
+    if not numbers:
+        return Ascent(origin.u, math.nan, (0.0, *[math.nan] * steps))
     return Ascent(best.u, history[-1], tuple(history))
 
 

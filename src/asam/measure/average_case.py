@@ -3,6 +3,7 @@
 z is normal or uniform on [-1, 1]. Source: Andriushchenko et al., arXiv:2302.07011.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +71,11 @@ def average_sharpness(
     check_choice("noise", noise, NOISES)
     with objective.evaluation() as evaluation:
         scales = objective.scales(geometry)
+        weights = objective.flat({name: param.detach() for name, param in objective.params.items()})
+        relative = float((weights.abs() / scales).where(scales > 0, 0).max())
         base = evaluation.means(objective.pieces)["loss"]
         check_finite(base)
-        pairs = []
+        pairs, slopes = [], []
         for index in range(samples // 2):
             z = draw(objective.like, seed, index, noise)
             pair = []
@@ -80,14 +83,21 @@ def average_sharpness(
                 evaluation.move(sign * rho * scales * z)
                 pair.append(evaluation.means(objective.pieces)["loss"])
             pairs.append(sum(pair) / 2)
+            slopes.append((pair[0] - pair[1]) / 2)
     perturbed = mean(pairs, [1] * len(pairs))
     eps = max(torch.finfo(param.dtype).eps for param in objective.params.values())
+    # w + e is rounded to the precision of the weights, which moves the loss by eps ||w g||. The odd part of the pairs
+    # gives rho ||T g||, without a gradient
+    deviation = 1.0 if noise == "normal" else math.sqrt(1 / 3)
+    steepness = (
+        math.sqrt(mean([slope * slope for slope in slopes], [1] * len(slopes))) / (rho * deviation) if rho else 0.0
+    )
     return AverageSharpness(
         value=perturbed - base,
         stderr=stderr(pairs, [1] * len(pairs)),
         base_loss=base,
         perturbed_loss=perturbed,
-        noise_floor=eps * max(abs(base), abs(perturbed)),
+        noise_floor=eps * (max(abs(base), abs(perturbed)) + steepness * relative),
         rho=float(rho),
         geometry=geometry,
         noise=noise,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -21,8 +22,7 @@ def pieces_of(data: Iterable[Any]) -> list[Piece]:
     Raises:
         TypeError, ValueError: ``data`` is not an iterable of batches, or holds no example.
     """
-    if isinstance(data, Tensor | str | Mapping) or not isinstance(data, Iterable):
-        raise TypeError(f"data must be an iterable of batches, such as [(inputs, targets)], got {type(data).__name__}")
+    _check_iterable(data)
     pieces = [Piece(batch, size) for batch in data if (size := _size(batch)) > 0]
     if not pieces:
         raise ValueError("data holds no examples")
@@ -47,38 +47,63 @@ def grouped(pieces: list[Piece], m: int) -> list[list[Piece]]:
     return groups
 
 
+def _check_iterable(data: object) -> None:
+    if isinstance(data, Tensor | str | Mapping) or not isinstance(data, Iterable):
+        raise TypeError(f"data must be an iterable of batches, such as [(inputs, targets)], got {type(data).__name__}")
+
+
 def _size(batch: Any) -> int:
-    """Length of the first dimension of the first tensor in a batch; 1 where there is no such tensor."""
-    tensor = next((tensor for tensor in _tensors(batch) if tensor.ndim > 0), None)
-    return 1 if tensor is None else tensor.shape[0]
+    """The length that all tensors and arrays of a batch share; 1 for a batch without any, such as None.
+
+    Raises:
+        TypeError, ValueError: the batch is of a type that cannot be looked into, or they do not share one length.
+    """
+    lengths = list(dict.fromkeys(_lengths(batch)))
+    if len(lengths) > 1:
+        raise ValueError(
+            f"the tensors of a batch have different lengths, {lengths}, so its examples cannot be counted: put what is "
+            "not one row an example into loss_fn"
+        )
+    if not lengths and not isinstance(batch, None | bool | Real | str | Tensor | Mapping | tuple | list):
+        raise TypeError(
+            f"the examples of a batch of type {type(batch).__name__} cannot be counted: a batch must be a tensor, or a "
+            "tuple, list or mapping of them"
+        )
+    return lengths[0] if lengths else 1
 
 
-def _tensors(batch: Any) -> Iterable[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
+def _lengths(batch: Any) -> Iterable[int]:
+    if isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _tensors(value)
+            yield from _lengths(value)
     elif isinstance(batch, tuple | list):
         for value in batch:
-            yield from _tensors(value)
+            yield from _lengths(value)
+    elif _is_array(batch):
+        yield batch.shape[0]
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is a tensor, or an array of another library, of at least one dimension."""
+    return len(getattr(value, "shape", ())) > 0
 
 
 def _cut(batch: Any, start: int, stop: int, size: int) -> Any:
-    """Examples ``start`` to ``stop``: tensors of that length are cut, everything else is shared."""
-    if isinstance(batch, Tensor):
-        return batch[start:stop] if batch.ndim > 0 and batch.shape[0] == size else batch
+    """Examples ``start`` to ``stop``: arrays are cut, and lists of that length without any; all else is shared."""
     if isinstance(batch, Mapping):
         return {key: _cut(value, start, stop, size) for key, value in batch.items()}
+    if isinstance(batch, list) and len(batch) == size and not list(_lengths(batch)):
+        return batch[start:stop]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_cut(value, start, stop, size) for value in batch))
     if isinstance(batch, tuple | list):
         return type(batch)(_cut(value, start, stop, size) for value in batch)
-    return batch
+    return batch[start:stop] if _is_array(batch) else batch
 
 
 def first(data: Iterable[Any], examples: int) -> list[Any]:
     """The batches of the first so many examples, the last of them cut; no more of the data is read."""
+    _check_iterable(data)
     batches: list[Any] = []
     for batch in data:
         size = _size(batch)

@@ -80,7 +80,8 @@ def gibbs_certificate(
         sigma: scale of the noise, > 0.
         geometry: gives T, for the posterior at w and for the prior at w0; an eta > 0 keeps it away from 0.
         prior: w0, a tensor per measured parameter: the weights before training, or any others that do not depend on
-            the sample. Parameters that are not measured must not depend on it either.
+            the sample. Parameters that are not measured must not depend on it either, nor buffers: the running
+            statistics of batch norm do, if they were collected on it.
         prior_sigma: scale of the prior, chosen without the sample; None: sigma.
         samples: draws of the weights.
         delta: the probability that the bound fails.

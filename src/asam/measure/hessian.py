@@ -32,6 +32,11 @@ class HessianOperator:
 
     def matvec(self, vector: Tensor) -> Tensor:
         """The product with a vector (k,), or with every column of a matrix (k, n) in one pass over the data."""
+        if vector.ndim not in (1, 2) or vector.shape[0] != self.shape[0]:
+            raise ValueError(
+                f"a product takes a vector of shape ({self.shape[0]},) or a matrix of such columns, "
+                f"got shape {tuple(vector.shape)}"
+            )
         vectors = vector.reshape(self.shape[0], -1).T.to(self.device, self.dtype)
         if self.scales is not None:
             vectors = vectors * self.scales

@@ -245,9 +245,12 @@ def _save(path: str | Path, axes: dict[str, Tensor], values: dict[str, Tensor]) 
     path = Path(path)
     unfinished = path.with_name(path.name + ".part")
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in {**axes, **values}.items()}
-    with unfinished.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(unfinished, path)
+    try:
+        with unfinished.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def _load(path: str | Path, axes: tuple[str, ...]) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -15,5 +15,6 @@ def normalized_logits(logits: Tensor) -> Tensor:
         (tensor([[-1.,  1.]]), tensor([[-1.,  1.]]))
     """
     centered = logits - logits.mean(dim=-1, keepdim=True)
-    deviation = centered.square().mean(dim=-1, keepdim=True).sqrt()
-    return centered / deviation.clamp(min=torch.finfo(logits.dtype).tiny)
+    variance = centered.square().mean(dim=-1, keepdim=True)
+    # inside the root, which has no gradient at 0
+    return centered / variance.clamp(min=torch.finfo(logits.dtype).tiny).sqrt()

@@ -19,8 +19,8 @@ BATCHNORM = ("eval", "train")
 class Objective:
     """The mean loss of a model over fixed data, as a function of the weights.
 
-    Batches are weighted by their number of examples (the length of the first tensor found in them), so the loss does
-    not depend on how the data is cut. The model is evaluated in eval mode, with autocast and TF32 off. No measurement
+    Batches are weighted by their number of examples (the length that their tensors share), so the loss does not depend
+    on how the data is cut. The model is evaluated in eval mode, with autocast and TF32 off. No measurement
     changes the model, its buffers, gradients or mode, or the random state, also when it fails. The weights are those
     that the model has at the time of each measurement.
 

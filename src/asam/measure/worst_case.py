@@ -31,7 +31,8 @@ class WorstCaseSharpness:
     """A worst-case sharpness.
 
     Attributes:
-        value: ``perturbed_loss - base_loss`` >= 0, a lower bound of the true maximum.
+        value: ``perturbed_loss - base_loss`` >= 0, a lower bound of the true maximum; inf where the loss overflows, nan
+            where it is a number at no point that was tried.
         stderr: standard error of the mean over the batches of m examples; nan for a single batch (m = None).
         base_loss: the loss at w.
         perturbed_loss: the loss at the worst point found, the mean over the batches.
@@ -211,7 +212,7 @@ class _Climb:
     def one_step(self, rho: float) -> Ascent:
         """The rise at the maximizer of the linearized loss, or none where the loss falls there."""
         point = self.evaluate(rho * steepest(self.origin.gradient, self.ball.p), False)
-        if not point.value > self.base:
+        if point.value <= self.base:
             point = self.origin
         return Ascent(point.u, point.value - self.base, (0.0, point.value - self.base))
 
@@ -235,9 +236,14 @@ class _Climb:
             )
             for restart, generator in enumerate(generators)
         ]
-        history = tuple(map(max, zip(*(ascent.history for ascent in tries), strict=True)))
-        best = max([*tries, smaller] if smaller else tries, key=lambda ascent: ascent.rise)
+        history = tuple(map(_highest, zip(*(ascent.history for ascent in tries), strict=True)))
+        best = max([*tries, smaller] if smaller else tries, key=lambda ascent: _highest((ascent.rise, -math.inf)))
         return Ascent(best.u, best.rise, (*history[:-1], best.rise))
+
+
+def _highest(rises: Sequence[float]) -> float:
+    """The highest rise that is a number; nan if there is none."""
+    return max((rise for rise in rises if not math.isnan(rise)), default=math.nan)
 
 
 @dataclass(frozen=True)
