@@ -77,7 +77,7 @@ def main() -> None:
         results.append(measure_ascent(lists, budget))
         _show(console, results[-1])
     for workload, batches in zip(workloads(), (20, 16, 8, 1), strict=True):
-        results.append(measure_sharpness(workload, batches, budget / 2))
+        results.append(measure_sharpness(workload, batches, budget))
         _show(console, results[-1])
     if arguments.json:
         arguments.json.write_text(json.dumps({**run, "tables": results}, default=asdict, indent=2) + "\n")
