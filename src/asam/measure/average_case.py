@@ -71,8 +71,9 @@ def average_sharpness(
     check_choice("noise", noise, NOISES)
     with objective.evaluation() as evaluation:
         scales = objective.scales(geometry)
-        weights = objective.flat({name: param.detach() for name, param in objective.params.items()})
-        relative = float((weights.abs() / scales).where(scales > 0, 0).max())
+        magnitudes = objective.flat({name: param.detach().abs() for name, param in objective.params.items()})
+        relative = float((magnitudes / scales).where(scales > 0, 0).max())
+        del magnitudes
         base = evaluation.means(objective.pieces)["loss"]
         check_finite(base)
         pairs, slopes = [], []
