@@ -54,6 +54,16 @@ def steepest(gradient: Tensor, p: float) -> Tensor:
     return direction
 
 
+def project_(u: Tensor, p: float, rho: float) -> Tensor:
+    """The nearest point of the ball; u is written over: an allocation costs more than the arithmetic."""
+    if p == math.inf:
+        return u.clamp_(-rho, rho)
+    if p == 2:
+        norm = float(torch.linalg.vector_norm(u))
+        return u.mul_(rho / norm) if norm > rho else u
+    return nearest_in_ball(u, p, rho)
+
+
 def random_on_sphere(movable: Tensor, p: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """A random vector of p-norm 1, which is 0 where ``movable`` is False."""
     z = torch.randn(movable.shape, generator=generator, dtype=torch.float32).to(movable.device, dtype).where(movable, 0)
@@ -100,18 +110,16 @@ def ascend(
             u = random()
         elif step == 1:
             # a little noise: the gradient may miss the direction of the largest curvature altogether
-            u = steepest(origin.gradient, metric).mul_(length).add_(random(), alpha=NOISE)
-            u = nearest_in_ball(u, p, rho)
+            u = project_(steepest(origin.gradient, metric).mul_(length).add_(random(), alpha=NOISE), p, rho)
         elif guess is not None and largest_magnitude(guess.gradient) > 0:
             u = guess.u
             if step < steps:
                 u.add_(steepest(guess.gradient, p), alpha=min(length, guess.reach))
-            u = nearest_in_ball(u, p, rho)
+            u = project_(u, p, rho)
         else:
-            # in place: at this size an allocation costs more than the arithmetic
-            target = nearest_in_ball(steepest(here.gradient, metric).mul_(length).add_(here.u), p, rho)
+            target = project_(steepest(here.gradient, metric).mul_(length).add_(here.u), p, rho)
             momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
-            u = nearest_in_ball(momentum, p, rho)
+            u = project_(momentum, p, rho)
         point = evaluate(u, step < steps)
         if point.value == math.inf:  # no worse point is to be found
             return Ascent(u, math.inf, (*history, *[math.inf] * (steps - step + 1)))

@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..perturbation import Buffers, RandomState, copies
 from .batches import Piece
 
+HALF = {torch.float16, torch.bfloat16}
+
 
 class Evaluation:
     """A context in which a model may be moved and evaluated; at its end everything is as it was.
@@ -194,11 +196,11 @@ def _exact_arithmetic(stack: ExitStack, model: nn.Module, device_types: set[str]
 
 def _accumulate(total: list[Tensor], grads: Sequence[Tensor | None], params: Sequence[Tensor], weight: float) -> None:
     """Add the weighted gradients to the total, which is empty before the first; in float32 at least."""
-    parts = []
-    for grad, param in zip(grads, params, strict=True):
-        part = torch.zeros_like(param) if grad is None else grad
-        part = part.to_dense() if part.layout != torch.strided else part
-        parts.append(part.float() if part.dtype in (torch.float16, torch.bfloat16) else part)
+    parts = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params, strict=True)]
+    if not {part.layout for part in parts} <= {torch.strided}:
+        parts = [part.to_dense() if part.layout != torch.strided else part for part in parts]
+    if {part.dtype for part in parts} & HALF:
+        parts = [part.float() if part.dtype in HALF else part for part in parts]
     if total:
         torch._foreach_add_(total, parts, alpha=weight)
     else:
