@@ -31,5 +31,7 @@ clean:
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[experiments,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[experiments,postgresql,dev]'
+	# the paper's networks; what it declares as requirements only other parts of it need
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pytorchcv
 	@touch $@

@@ -52,8 +52,9 @@ def compare(
         if not (0 < rho < math.inf):
             raise InputError(f"{name} must be a finite number > 0, got {rho:g}")
 
-    from .compare import Comparison, cost, execute, prepare, results, verdict, write
+    from .compare import Comparison, cost, execute, prepare, results, verdict
     from .data import load
+    from .files import write
     from .report import page, terminal_table
 
     comparison = Comparison(dataset, model, noise, seeds, epochs, rho_sam, rho_asam, data_dir)
@@ -183,6 +184,47 @@ def landscape(
     Console().print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="A figure or table of the paper; see asam reproduce --help.")],
+    quick: Annotated[bool, typer.Option("--quick", help="In miniature, in seconds: shows that it runs.")] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="At the paper's own scale: its data, and a GPU.")] = False,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds.", min=1)] = None,
+    data_dir: Annotated[str | None, typer.Option(help="Folder of the data, where a study needs one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results (default: asam-NAME).")] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Database that shares the runs: postgresql+psycopg://user@host/name.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = max(1, min(8, os.cpu_count() or 1)),
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
+) -> None:
+    """Reproduce a figure or table of the paper, and say whether it holds.
+
+    Studies: geometry, toy, invariance, rescaling, correlation, rho, noise, images, imagenet, translation, bound, bias.
+
+    Writes config.json, results.jsonl (a line a run), summary.json, table.md, plots and report.html into --out. Killed
+    and started again, it goes on where it stopped. The same command on other machines with the same --storage shares
+    the runs.
+    """
+    from . import reproduce as reproduction
+
+    if quick and paper:
+        raise InputError("--quick and --paper exclude each other")
+    if name not in reproduction.STUDIES:
+        raise InputError(f"there is no study {name}: choose one of {', '.join(reproduction.STUDIES)}")
+    study = reproduction.find(name)
+    scale: Literal["quick", "laptop", "paper"] = "quick" if quick else "paper" if paper else "laptop"
+    settings = reproduction.configured(study, scale, seeds=seeds, data_dir=data_dir)
+    folder = out or Path(f"asam-{name}")
+    reproduction.claim(study, scale, settings, folder, force=force)
+    with _counted(f"{name}, {scale} scale") as progress:
+        findings = reproduction.reproduce(study, scale, settings, folder, storage, workers, progress)
+    console = Console()
+    for item in findings.findings:
+        console.print(item.sentence(), highlight=False)
+    console.print(f"Written: {folder / 'report.html'}, {folder / 'table.md'}", highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def _progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
     """A bar on standard error with the time left; yields what advances it."""
@@ -191,6 +233,16 @@ def _progress(description: str, total: float) -> Iterator[Callable[[float], None
         task = progress.add_task(description, total=total)
         yield lambda amount: progress.advance(task, amount)
         progress.update(task, completed=total)
+
+
+@contextmanager
+def _counted(description: str) -> Iterator[Callable[[int, int], None]]:
+    """The same for runs whose number grows as the study goes on."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} runs"))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=1)
+        yield lambda done, planned: progress.update(task, completed=done, total=planned)
 
 
 @contextmanager
@@ -218,7 +270,11 @@ def run() -> int:
     try:
         code = typer.main.get_command(app).main(prog_name="asam", standalone_mode=False)
         if code == INTERRUPTED:  # what typer makes of Ctrl-C
-            resumes = "; the same command goes on from here" if sys.argv[1:2] == ["compare"] else ""
+            resumes = (
+                "; the same command goes on from here"
+                if sys.argv[1:2] in (["compare"], ["reproduce"], ["train"], ["tune"])
+                else ""
+            )
             print(f"asam: interrupted{resumes}", file=sys.stderr)
         return code if isinstance(code, int) else 0
     except InputError as error:

@@ -6,14 +6,10 @@ Every run is written on its own when it is done, so a comparison that was killed
 import json
 import multiprocessing
 import os
-import shutil
-import signal
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,6 +19,8 @@ import torch
 from .. import __version__
 from . import InputError
 from .environment import environment
+from .files import claim_folder, read_json, write
+from .processes import end_with_parent
 from .statistics import mean_sd, paired_difference
 from .training import Run, train
 
@@ -85,27 +83,14 @@ def prepare(comparison: Comparison, folder: Path, *, force: bool) -> None:
     Raises:
         InputError: the folder holds something else, and there is no ``force``.
     """
-    config = {"asam": __version__, **asdict(comparison)}
-    path = folder / "config.json"
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: choose another --out")
-    if folder.is_dir() and any(folder.iterdir()) and not force:
-        found = _read(path) if path.exists() else None
-        if found != config:
-            raise InputError(
-                f"{folder} holds another comparison or other files: choose another --out, or overwrite with --force"
-            )
-        if (folder / "results.json").exists():
-            raise InputError(
-                f"{folder} holds this comparison, finished: choose another --out, or run again with --force"
-            )
-        return
-    if force and folder.is_dir():
-        shutil.rmtree(folder / "runs", ignore_errors=True)
-        for name in ("config.json", "results.json", "report.html"):
-            (folder / name).unlink(missing_ok=True)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(config, indent=1))
+    claim_folder(
+        folder,
+        {"asam": __version__, **asdict(comparison)},
+        last="results.json",
+        ours=("report.html", "runs/*.json", "runs/*.pt"),
+        force=force,
+    )
+    (folder / "runs").mkdir(exist_ok=True)
 
 
 def execute(comparison: Comparison, folder: Path, workers: int, done: Callable[[int], None]) -> dict[str, Any]:
@@ -117,12 +102,12 @@ def execute(comparison: Comparison, folder: Path, workers: int, done: Callable[[
     for name, run in comparison.runs().items():
         path = folder / "runs" / f"{name}.json"
         if path.exists():
-            outcomes[name] = _read(path)["outcome"]
+            outcomes[name] = read_json(path)["outcome"]
             done(cost(run))
         else:
             missing[name] = run
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_end_with_parent)
+    pool = ProcessPoolExecutor(workers, context, initializer=end_with_parent)
     try:
         futures = {pool.submit(_one, run, folder / "runs" / name): name for name, run in missing.items()}
         for future in as_completed(futures):
@@ -205,16 +190,6 @@ def verdict(found: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 def _one(run: Run, path: Path) -> dict[str, Any]:
     outcome, weights = train(run)
     unfinished = path.with_name(path.name + ".pt.part")
@@ -222,26 +197,6 @@ def _one(run: Run, path: Path) -> dict[str, Any]:
     os.replace(unfinished, path.with_name(path.name + ".pt"))
     write(path.with_name(path.name + ".json"), json.dumps({"run": asdict(run), "outcome": asdict(outcome)}))
     return asdict(outcome)
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever; Ctrl-C is the parent's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch(sentinel: int) -> None:
-        wait([sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): start again with --force") from None
 
 
 def _early(curves: dict[str, Sequence[float]]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from ..measure import LossLine, LossPlane, interpolate, loss_line, loss_plane, r
 from ..measure.page import landscape_page
 from ..measure.plots import plot_line, plot_plane
 from . import InputError
-from .compare import write
+from .files import write
 from .targets import Target, counted
 
 PAGE = "landscape.html"

@@ -1,11 +1,10 @@
 """The comparison as one self-contained page, and as a table for the terminal."""
 
-from html import escape
 from typing import Any
 
 from rich.table import Table
 
-from . import plots
+from . import html, plots
 from .compare import verdict
 from .statistics import mean_sd
 
@@ -21,18 +20,6 @@ NOTES = (
     "noisy labels.",
     "The default rho were chosen for digits with 40 % noise, on other seeds. Another data set or model wants its own.",
 )
-STYLE = """
-body{font:16px/1.55 system-ui,sans-serif;color:#0f172a;background:#f8fafc;margin:0}
-main{max-width:900px;margin:0 auto;padding:24px 16px 64px}
-h1{font-size:1.7rem;margin:0 0 4px} h2{font-size:1.15rem;margin:32px 0 8px} p,li{overflow-wrap:anywhere}
-figure{margin:0;background:#fff;border:1px solid #e2e8f0;border-radius:8px;padding:12px}
-figure svg{width:100%;height:auto;display:block} figcaption{color:#475569;font-size:.88rem;margin-top:6px}
-.table{overflow-x:auto;background:#fff;border:1px solid #e2e8f0;border-radius:8px}
-table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
-th,td{padding:7px 9px;text-align:right;border-bottom:1px solid #e2e8f0} th:first-child,td:first-child{text-align:left}
-tr:last-child td{border-bottom:0} .asam td{font-weight:600;color:#1d4ed8}
-.small{color:#475569;font-size:.88rem} code{overflow-wrap:anywhere}
-"""
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -56,13 +43,6 @@ def terminal_table(found: dict[str, Any]) -> Table:
 def page(found: dict[str, Any]) -> str:
     """The page, HTML with the plots inside; it loads nothing."""
     comparison, environment = found["comparison"], found["environment"]
-    head = "".join(f"<th>{escape(heading)}</th>" for heading in HEADINGS)
-    body = "".join(
-        f'<tr class="{"asam" if row[0] == "ASAM" else ""}">'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        + "</tr>"
-        for row in rows(found)
-    )
     summary = (
         f"{comparison['dataset']}, {comparison['model']}, {comparison['noise']:.0%} label noise, {comparison['seeds']} "
         f"seeds, {comparison['epochs']} epochs; SAM rho {comparison['rho_sam']:g}, ASAM rho {comparison['rho_asam']:g}"
@@ -77,22 +57,10 @@ def page(found: dict[str, Any]) -> str:
         ),
         ("Training", plots.curves(found), "Mean and sd over seeds, over gradient passes: equal compute is equal x."),
     )
-    sections = "".join(
-        f"<h2>{escape(title)}</h2><figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-        for title, svg, caption in figures
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
-        f"<title>SGD, SAM and ASAM</title><style>{STYLE}</style></head><body><main>"
-        f'<h1>SGD, SAM and ASAM</h1><p class="small">{escape(summary)}</p>'
-        f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"<ul>{''.join(f'<li>{escape(sentence)}</li>' for sentence in verdict(found))}</ul>{sections}"
-        f"<h2>How to read this</h2><ul>{''.join(f'<li>{escape(note)}</li>' for note in NOTES)}</ul>"
-        f'<p class="small">asam {environment["asam"]}, torch {escape(environment["torch"])}, Python '
-        f"{environment['python']}, scikit-learn {environment['scikit-learn']}, {escape(environment['hardware'])}.<br>"
-        f"<code>{escape(environment['command'])}</code></p></main></body></html>\n"
-    )
+    body = html.table(HEADINGS, rows(found)) + html.bullets(verdict(found))
+    body += "".join(html.figure(title, svg, caption) for title, svg, caption in figures)
+    body += "<h2>How to read this</h2>" + html.bullets(NOTES) + html.made_with(environment)
+    return html.document("SGD, SAM and ASAM", summary, body)
 
 
 def _pair(values: list[float]) -> str:

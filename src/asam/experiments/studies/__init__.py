@@ -1,0 +1,1 @@
+"""The studies, one a module: each has its ``STUDY``."""
