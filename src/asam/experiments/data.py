@@ -14,12 +14,10 @@ from torch import Tensor
 
 from . import InputError
 
-DATASETS = ("digits", "fashion-mnist")
 # where Debian's package dataset-fashion-mnist puts the files
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # examples: training, validation, test
 SIZES = {"digits": [500, 297, 1000], "fashion-mnist": [2000, 1000, 10000]}
-CLASSES = 10
 
 
 @dataclass(frozen=True)
@@ -35,30 +33,85 @@ class Data:
     """Training data with noisy labels; clean validation and test data; the test data once more with noisy labels."""
 
     train: Split
-    validation: Split
+    validation: Split  # empty where all that is not test data is trained on
     test: Split
     noisy_test: Split
+    classes: int
+    flips: bool  # whether a mirrored image is as good
+    black: Tensor  # a pixel of value 0 after standardization, (channels, 1, 1)
 
 
-def load(dataset: str, folder: str | None, noise: float, seed: int) -> Data:
+def load(dataset: str, folder: str | None, noise: float, seed: int, train_size: int | None = None) -> Data:
     """The data of one seed: ``noise`` is the share of labels replaced by another class, drawn uniformly.
 
+    Validation and test data do not depend on ``train_size``; fewer training examples are the first of more. Training on
+    all that is not test data leaves no validation data. With a ``train_size``, the test data of Fashion-MNIST are its
+    official 10,000.
+
     Raises:
-        InputError: the files of the data set are not there or are not what they should be.
+        InputError: the files of the data set are not there or are not what they should be, or hold too few examples.
     """
     inputs, labels = _read(dataset, folder)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    parts = [Split(inputs[index], labels[index]) for index in torch.split(order[: sum(SIZES[dataset])], SIZES[dataset])]
-    train, validation, test = parts
-    return Data(_noisy(train, noise, generator), validation, test, _noisy(test, noise, generator))
+    n_train, n_validation, n_test = SIZES[dataset]
+    if train_size is None or dataset == "digits":
+        order = torch.randperm(len(labels), generator=generator)
+        train, validation, test, _ = torch.tensor_split(
+            order, [n_train, n_train + n_validation, n_train + n_validation + n_test]
+        )
+    else:
+        order = torch.randperm(len(labels) - n_test, generator=generator)
+        validation, train = order[:n_validation], order[n_validation:]
+        test = torch.arange(len(order), len(labels))
+    train, validation = resized(train, validation, train_size)
+    classes = 10
+    parts = [Split(inputs[index], labels[index]) for index in (train, validation, test)]
+    noisy = [_noisy(split, noise, classes, generator) for split in (parts[0], parts[2])]
+    return Data(noisy[0], parts[1], parts[2], noisy[1], classes, False, inputs.amin((0, 2, 3))[:, None, None])
 
 
-def _noisy(split: Split, noise: float, generator: torch.Generator) -> Split:
+def resized(train: Tensor, validation: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
+    """As many training examples as asked for, by their indices; all there are if the validation data is taken too.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    if size is None or size <= len(train):
+        return train[:size], validation
+    if size == len(train) + len(validation):
+        return torch.cat([train, validation]), validation[:0]
+    everything = len(train) + len(validation)
+    raise InputError(f"train_size must be at most {len(train)}, or {everything} with no validation data, got {size}")
+
+
+def augmented(inputs: Tensor, generator: torch.Generator, flip: bool = False, black: Tensor | None = None) -> Tensor:
+    """Random crops of the images padded with black, by 4 pixels at a side of 28 or 32, half of them mirrored.
+
+    Args:
+        inputs: images of shape (n, channels, height, width); an eighth of the height is the padding.
+        generator: where all draws come from.
+        flip: whether to mirror.
+        black: what a black pixel is, (channels, 1, 1); by default 0.
+    """
+    n, channels, height, width = inputs.shape
+    pad = -(-height // 8)
+    padded = inputs.new_zeros((n, channels, height + 2 * pad, width + 2 * pad))
+    if black is not None:
+        padded += black
+    padded[:, :, pad : pad + height, pad : pad + width] = inputs
+    top, left = torch.randint(0, 2 * pad + 1, (2, n, 1), generator=generator)
+    rows, columns = top + torch.arange(height), left + torch.arange(width)
+    if flip:
+        columns = torch.where(torch.rand((n, 1), generator=generator) < 0.5, columns.flip(1), columns)
+    image = torch.arange(n)[:, None, None]
+    return padded[image, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def _noisy(split: Split, noise: float, classes: int, generator: torch.Generator) -> Split:
     n = len(split.labels)
     changed = torch.randperm(n, generator=generator)[: round(noise * n)]
     labels = split.labels.clone()
-    labels[changed] = (labels[changed] + torch.randint(1, CLASSES, changed.shape, generator=generator)) % CLASSES
+    labels[changed] = (labels[changed] + torch.randint(1, classes, changed.shape, generator=generator)) % classes
     return Split(split.inputs, labels)
 
 

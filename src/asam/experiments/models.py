@@ -1,19 +1,31 @@
 """Two small ReLU networks, and how to rescale one without changing its function."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+from . import InputError
 
 MODELS = ("mlp", "cnn")
 
 
-def build(model: str, input_shape: tuple[int, ...], classes: int) -> nn.Sequential:
-    """``"mlp"``: two hidden layers of 128. ``"cnn"``: three convolutions (16, 32, 32) with batch norm."""
+def build(model: str, input_shape: tuple[int, ...], classes: int, dropout: float = 0.0) -> nn.Sequential:
+    """``"mlp"``: two hidden layers of 128. ``"cnn"``: three convolutions (16, 32, 32) with batch norm.
+
+    ``dropout`` follows the hidden layers of the mlp.
+
+    Raises:
+        InputError: there is no such network, or it has no dropout.
+    """
+    if dropout and model != "mlp":
+        raise InputError(f"only the mlp has dropout, not {model}")
     if model == "mlp":
-        features = input_shape[0] * input_shape[1] * input_shape[2]
-        return nn.Sequential(
-            nn.Flatten(), nn.Linear(features, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, classes)
-        )
-    layers: list[nn.Module] = []
+        layers: list[nn.Module] = [nn.Flatten()]
+        for features, out in ((math.prod(input_shape), 128), (128, 128)):
+            layers += [nn.Linear(features, out), nn.ReLU()] + [nn.Dropout(dropout)] * (dropout > 0)
+        return nn.Sequential(*layers, nn.Linear(128, classes))
+    layers = []
     for channels, out, stride in ((input_shape[0], 16, 1), (16, 32, 2), (32, 32, 2)):
         layers += [nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes))
