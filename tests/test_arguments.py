@@ -29,6 +29,7 @@ GEOMETRY = [
 COMMON = [
     *(("rho", "a finite number >= 0", *case) for case in RHO),
     ("replay_rng", "a bool", 1, TypeError, "int"),
+    ("sync_ascent", "a bool", None, TypeError, "NoneType"),
     ("params", "an iterable of names or parameters", "weight", TypeError, "str"),
     ("params", "an iterable of names or parameters", torch.zeros(2), TypeError, "Tensor"),
     ("params", "an iterable of names or parameters", 5, TypeError, "int"),

@@ -60,6 +60,7 @@ def test_signatures():
         ("*bias", "unscaled"),
         ("*params", None),
         ("*replay_rng", False),
+        ("*sync_ascent", False),
     ]
     assert arguments(SAM) == [
         ("model", REQUIRED),
@@ -68,6 +69,7 @@ def test_signatures():
         ("*bias", "unscaled"),
         ("*params", None),
         ("*replay_rng", False),
+        ("*sync_ascent", False),
     ]
     assert arguments(Geometry) == [("normalization", "elementwise"), ("p", 2), ("eta", 0.01), ("bias", "unscaled")]
     assert arguments(SharpnessAwareOptimizer) == [("asam", REQUIRED), ("base_optimizer", REQUIRED)]
@@ -97,5 +99,5 @@ def test_importing_is_cheap():
     seconds, packages, modules = run.stdout.splitlines()
     assert float(seconds) < 0.1
     assert set(packages.split()) <= {"asam", "torch"}
-    core = "blocks checks closures geometry minimizer optimizer parameters perturbation projection"
+    core = "blocks checks closures geometry minimizer optimizer parameters perturbation projection replicas"
     assert set(modules.split()) == {f"asam.{name}" for name in core.split()}

@@ -19,6 +19,7 @@ from .closures import Closure, as_closures, descend, loss_of, total
 from .geometry import Geometry
 from .parameters import selected_parameters
 from .perturbation import RandomState, perturbed
+from .replicas import Replicas
 
 
 class ASAM:
@@ -31,6 +32,9 @@ class ASAM:
         params: names or tensors of the parameters to perturb, all by default. Those without a gradient are left alone.
         replay_rng: whether the descent pass draws the same random numbers (dropout masks) from torch's default
             generators as the ascent pass did.
+        sync_ascent: under DistributedDataParallel, whether the ascent gradient is averaged over the processes, which
+            then share one perturbation, that of the whole batch. By default each climbs on its own shard of the batch
+            and its ascent pass reduces nothing. Give the wrapper itself as ``model``, not what it wraps.
 
     Raises:
         ValueError, TypeError: an argument is not one of the above.
@@ -59,15 +63,20 @@ class ASAM:
         bias: str = "unscaled",
         params: Iterable[str | Tensor] | None = None,
         replay_rng: bool = False,
+        sync_ascent: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(replay_rng, bool):
             raise TypeError(f"replay_rng must be a bool, got {type(replay_rng).__name__}")
+        if not isinstance(sync_ascent, bool):
+            raise TypeError(f"sync_ascent must be a bool, got {type(sync_ascent).__name__}")
         self.geometry = Geometry(normalization, p, eta, bias)
         self.rho = rho
         self.replay_rng = replay_rng
+        self.sync_ascent = sync_ascent
         self._model = model
+        self._replicas = Replicas(model)
         chosen = selected_parameters(model, params)
         self._params = {name: param for name, param in chosen.items() if self.geometry.perturbs(name)}
         if not self._params:
@@ -126,9 +135,10 @@ class ASAM:
             if self.rho == 0:
                 return descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
-            loss, names, params, grads = (
-                self._climb(ascents) if backward is None else self._climb_through(ascents, backward)
-            )
+            with self._replicas.apart(accumulating=backward is not None):
+                loss, names, params, grads = (
+                    self._climb(ascents) if backward is None else self._climb_through(ascents, backward)
+                )
             after = self._random_state() if self.replay_rng else None
             with perturbed(self._model, self.geometry, names, params, grads, self.rho):
                 if before is not None:
@@ -237,22 +247,24 @@ class ASAM:
         return loss, *self._present(grads)
 
     def _present(
-        self, grads: Sequence[Tensor | None], params: Mapping[str, nn.Parameter] | None = None
+        self, grads: list[Tensor | None], params: Mapping[str, nn.Parameter] | None = None
     ) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        """Names, parameters and gradients of the parameters that have a gradient."""
+        """Names, parameters and gradients of the parameters that have a gradient, on any process if averaged."""
         params = self._params if params is None else params
+        for name, grad in zip(params, grads, strict=True):
+            if grad is not None and grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{type(self).__name__} does not take sparse gradients, and {name!r} has one: build the layer with "
+                    "sparse=False, or leave it out with params=..."
+                )
+        if self.sync_ascent:
+            self._replicas.average_(list(params.values()), grads)
         found = [(name, params[name], grad) for name, grad in zip(params, grads, strict=True) if grad is not None]
         if not found:
             raise RuntimeError(
                 "no perturbed parameter has a gradient: the loss must depend on a parameter of the model that "
                 "requires one, and perturbed() needs loss.backward() before it"
             )
-        for name, _, grad in found:
-            if grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not take sparse gradients, and {name!r} has one: build the layer with "
-                    "sparse=False, or leave it out with params=..."
-                )
         names, chosen, values = zip(*found, strict=True)
         return list(names), list(chosen), list(values)
 
@@ -261,8 +273,8 @@ class SAM(ASAM):
     """Sharpness-Aware Minimization: ASAM with no normalization, a ball of fixed size around the weights.
 
     Args:
-        model, rho, p, bias, params, replay_rng: as for :class:`ASAM`; of the bias policies, ``"scaled"`` and
-            ``"unscaled"`` are the same here.
+        model, rho, p, bias, params, replay_rng, sync_ascent: as for :class:`ASAM`; of the bias policies, ``"scaled"``
+            and ``"unscaled"`` are the same here.
 
     Source: Foret et al., arXiv:2010.01412.
 
@@ -281,8 +293,18 @@ class SAM(ASAM):
         bias: str = "unscaled",
         params: Iterable[str | Tensor] | None = None,
         replay_rng: bool = False,
+        sync_ascent: bool = False,
     ) -> None:
-        super().__init__(model, rho=rho, normalization="none", p=p, bias=bias, params=params, replay_rng=replay_rng)
+        super().__init__(
+            model,
+            rho=rho,
+            normalization="none",
+            p=p,
+            bias=bias,
+            params=params,
+            replay_rng=replay_rng,
+            sync_ascent=sync_ascent,
+        )
 
 
 def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:

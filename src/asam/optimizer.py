@@ -81,10 +81,12 @@ class SharpnessAwareOptimizer(Optimizer):
             if self.asam.rho > 0:
                 # in parameters that the base does not hold, the gradients of earlier steps would add up
                 self.asam._clear_grads()
-            loss = closure()
-            if self.asam.rho > 0:
+                with self.asam._replicas.apart(accumulating=True):
+                    loss = closure()
                 with self.asam.perturbed():
                     closure()
+            else:
+                loss = closure()
         self.base_optimizer.step()
         return loss
 
