@@ -12,7 +12,8 @@ from asam.experiments import InputError
 from asam.experiments.data import SIZES, load
 from asam.experiments.models import MODELS, build, rescale_
 from asam.experiments.statistics import paired_difference
-from asam.experiments.training import Run, train
+from asam.experiments.run import Run
+from asam.experiments.training import train
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.4])
@@ -80,7 +81,7 @@ def test_paired_difference_of_one_seed_and_of_equals():
 
 
 def test_asam_memorizes_less_noise_than_sgd():
-    sgd, _ = train(Run("sgd", seed=50))
-    asam, _ = train(Run("asam", seed=50, rho=3.0))
-    assert sgd.train_error < 10 < 30 < asam.train_error
-    assert asam.test_error < sgd.test_error - 8
+    sgd, _ = train(Run("sgd", seed=50, noise=0.4))
+    asam, _ = train(Run("asam", seed=50, rho=3.0, noise=0.4))
+    assert sgd["train_error"] < 10 < 30 < asam["train_error"]
+    assert asam["test_error"] < sgd["test_error"] - 8

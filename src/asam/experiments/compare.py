@@ -21,8 +21,9 @@ from . import InputError
 from .environment import environment
 from .files import claim_folder, read_json, write
 from .processes import end_with_parent
+from .run import Run
 from .statistics import mean_sd, paired_difference
-from .training import Run, train
+from .training import train
 
 SCALES = (1 / 3, 1 / 2, 1.0, 2.0, 3.0)
 EARLY = "SGD, early stopping"
@@ -195,8 +196,8 @@ def _one(run: Run, path: Path) -> dict[str, Any]:
     unfinished = path.with_name(path.name + ".pt.part")
     torch.save(weights, unfinished)
     os.replace(unfinished, path.with_name(path.name + ".pt"))
-    write(path.with_name(path.name + ".json"), json.dumps({"run": asdict(run), "outcome": asdict(outcome)}))
-    return asdict(outcome)
+    write(path.with_name(path.name + ".json"), json.dumps({"run": asdict(run), "outcome": outcome}))
+    return outcome
 
 
 def _early(curves: dict[str, Sequence[float]]) -> dict[str, float]:

@@ -121,4 +121,4 @@ class Study:
     plan: Callable[[Any, Mapping[str, Outcome]], dict[str, Any]]
     perform: Callable[[Any], Outcome]
     report: Callable[[Any, Mapping[str, Outcome]], Findings]
-    check: Callable[[Any], None] = lambda settings: None
+    check: Callable[[Any], object] = lambda settings: None

@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from ..measure import Objective, normalized_logits
 from ..measure.batches import first
-from . import InputError
-from .data import load
-from .training import Run, initial_network
+from . import InputError, tasks
+from .run import as_run
+from .training import initial_network
 
 WEIGHTS = ("state_dict", "model_state_dict", "model")  # where checkpoints of other tools keep them
 
@@ -77,11 +77,13 @@ def _run(path: Path, examples: int, normalize_logits: bool) -> Target:
             f"{path} is not a run of asam compare{hint if path.exists() else ', and there is no such file'}"
         )
     try:
-        run = Run(**json.loads(configuration.read_text(encoding="utf-8"))["run"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{configuration} is not a run of asam compare ({error})") from None
-    data = load(run.dataset, run.data_dir, run.noise, run.seed)
-    model = initial_network(run, data)
+        run = as_run(json.loads(configuration.read_text(encoding="utf-8"))["run"], "the file")
+    except (ValueError, TypeError, KeyError, InputError) as error:
+        raise InputError(f"{configuration} is not a run of asam compare or asam train ({error})") from None
+    task = tasks.find(run)
+    if not isinstance(task, tasks.Classification):
+        raise InputError(f"{configuration}: runs on {run.dataset} are measured with --model module:function")
+    data, model = task.data, initial_network(run, task)
     prior = {name: param.detach().clone() for name, param in model.named_parameters()}
     # running statistics come from the training data, and no prior may
     known_prior = None if any(buffer.is_floating_point() for buffer in model.buffers()) else prior

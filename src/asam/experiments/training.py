@@ -1,113 +1,177 @@
-"""One run: a network trained with one method from one seed, on one thread, with everything measured."""
+"""One run: a network trained with one method from one seed, with everything measured.
 
+The state of a run is its weights and those of its optimizer and schedule, the generators, and where it is; a run taken
+up from a checkpoint ends in the same numbers, bit for bit on the CPU.
+"""
+
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from .. import ASAM, SAM
-from .data import CLASSES, Data, Split, load
-from .models import build, rescale_
+from .. import ASAM, SAM, norm_parameters, weight_parameters
+from .run import Run
+from .tasks import Task, find
 
-
-@dataclass(frozen=True)
-class Run:
-    """Everything that decides the outcome of a run."""
-
-    method: str  # "sgd", "sam" or "asam"
-    seed: int
-    rho: float = 0.0
-    eta: float = 0.01
-    epochs: int = 60
-    lr: float = 0.03
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    batch_size: int = 50
-    noise: float = 0.4
-    scale: float = 1.0  # the initial network's first layer times this, the next divided by it
-    dataset: str = "digits"
-    data_dir: str | None = None
-    model: str = "mlp"
-
-    @property
-    def passes(self) -> int:
-        """Gradient evaluations per step."""
-        return 1 if self.method == "sgd" else 2
+Metrics = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to. Errors are percentages; the gap is taken on test labels as noisy as the training labels."""
+def train(
+    run: Run, epoch_done: Callable[[int, Metrics], None] = lambda epoch, metrics: None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The outcome, with its curves and the time of a step, and the weights after the last epoch, on one thread.
 
-    test_error: float
-    train_error: float
-    generalization_gap: float
-    seconds_per_step: float
-    curves: dict[str, list[float]]  # by epoch: train_error, validation_error, test_error
-
-
-def train(run: Run) -> tuple[Outcome, dict[str, Tensor]]:
-    """The outcome and the weights after the last epoch. The time is that of the process, evaluation left out."""
+    The time is that of the process, evaluation left out.
+    """
     torch.set_num_threads(1)
-    data = load(run.dataset, run.data_dir, run.noise, run.seed)
-    network = initial_network(run, data)
-    optimizer = torch.optim.SGD(network.parameters(), run.lr, run.momentum, weight_decay=run.weight_decay)
-    batches = torch.Generator().manual_seed(run.seed)
-    n = len(data.train.labels)
-    steps_per_epoch = -(-n // run.batch_size)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.epochs * steps_per_epoch)
-    backward = _backward(run, network)
-    curves: dict[str, list[float]] = {"train_error": [], "validation_error": [], "test_error": []}
-    seconds = 0.0
-    for _ in range(run.epochs):
-        start = time.process_time()
-        for index in torch.split(torch.randperm(n, generator=batches), run.batch_size):
-            inputs, labels = data.train.inputs[index], data.train.labels[index]
-            backward(partial(_loss, network, inputs, labels))
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-        seconds += time.process_time() - start
-        for name, split in (("train", data.train), ("validation", data.validation), ("test", data.test)):
-            curves[f"{name}_error"].append(error(network, split))
-    return _outcome(network, data, curves, seconds / (run.epochs * steps_per_epoch)), network.state_dict()
+    training = Training(run)
+    training.advance(epoch_done=epoch_done)
+    return training.outcome(), training.network.state_dict()
 
 
-def initial_network(run: Run, data: Data) -> nn.Sequential:
+class Training:
+    """A run in progress."""
+
+    def __init__(self, run: Run, task: Task | None = None) -> None:
+        self.run = run
+        self.task = find(run) if task is None else task
+        self.device = device_of(run)
+        self.network = initial_network(run, self.task).to(self.device)
+        self.optimizer = _optimizer(run, self.network)
+        self.steps = run.epochs * self.task.steps
+        factor = partial(_factor, run, self.steps)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "float16")
+        self.minimizer = _minimizer(run, self.network)
+        self.generator = torch.Generator().manual_seed(run.seed)
+        self._epoch_start = self.generator.get_state()
+        self.step = 0
+        self.seconds = 0.0
+        self.curves: dict[str, list[float]] = {}
+
+    def advance(
+        self,
+        epoch_done: Callable[[int, Metrics], None] = lambda epoch, metrics: None,
+        step_done: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Train until the end; the functions are called after every step and every epoch, with its metrics."""
+        while self.step < self.steps:
+            epoch, begun = divmod(self.step, self.task.steps)
+            if not begun:
+                self._epoch_start = self.generator.get_state()
+            self.generator.set_state(self._epoch_start)
+            for batch in islice(self.task.batches(self.generator, 0, 1), begun, None):
+                start = time.process_time()
+                self._step(tuple(part.to(self.device) for part in batch))
+                self.seconds += time.process_time() - start
+                self.step += 1
+                last = self.step % self.task.steps == 0
+                if last and ((epoch + 1) % self.run.evaluate_every == 0 or self.step == self.steps):
+                    metrics = self.task.evaluate(self.network)
+                    for name, value in metrics.items():
+                        self.curves.setdefault(name, []).append(value)
+                    epoch_done(epoch + 1, metrics)
+                step_done()
+
+    def outcome(self) -> dict[str, Any]:
+        """Metrics after the last epoch, their curves by evaluated epochs, and the time of a step in seconds."""
+        final = {name: values[-1] for name, values in self.curves.items()} | self.task.final(self.network)
+        return final | {"seconds_per_step": self.seconds / self.steps, "curves": self.curves}
+
+    def state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epoch_start": self._epoch_start,
+            "random": torch.get_rng_state(),
+            "device_random": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "step": self.step,
+            "seconds": self.seconds,
+            "curves": self.curves,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up the state of :meth:`state`."""
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self._epoch_start = state["epoch_start"]
+        torch.set_rng_state(state["random"])
+        if state["device_random"]:
+            torch.cuda.set_rng_state_all(state["device_random"])
+        self.step, self.seconds, self.curves = state["step"], state["seconds"], state["curves"]
+
+    def _step(self, batch: tuple[Tensor, ...]) -> None:
+        closure = partial(self._loss, batch)
+        scale = (lambda loss: torch.autograd.backward(self.scaler.scale(loss))) if self.scaler.is_enabled() else None
+        if self.minimizer is not None:
+            self.minimizer.backward(closure, backward=scale)
+        elif scale is not None:
+            scale(closure())
+        else:
+            torch.autograd.backward(closure())
+        if self.run.clip:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.run.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+
+    def _loss(self, batch: tuple[Tensor, ...]) -> Tensor:
+        dtype = torch.bfloat16 if self.run.precision == "bfloat16" else torch.float16
+        with torch.autocast(self.device.type, dtype, enabled=self.run.precision != "float32"):
+            return self.task.loss(self.network, batch)
+
+
+def initial_network(run: Run, task: Task) -> nn.Module:
     """The network of a run before training."""
     torch.manual_seed(run.seed)
-    network = build(run.model, tuple(data.train.inputs.shape[1:]), CLASSES)
-    rescale_(network, run.scale)
-    return network
+    return task.network()
 
 
-def error(network: nn.Module, split: Split) -> float:
-    """Percentage of examples whose label is not the network's choice, in eval mode."""
-    network.eval()
-    with torch.no_grad():
-        wrong = int((network(split.inputs).argmax(1) != split.labels).sum())
-    network.train()
-    return 100 * wrong / len(split.labels)
+def device_of(run: Run) -> torch.device:
+    """Where a run computes."""
+    if run.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(run.device)
 
 
-def _outcome(network: nn.Module, data: Data, curves: dict[str, list[float]], seconds_per_step: float) -> Outcome:
-    train_error = curves["train_error"][-1]
-    gap = error(network, data.noisy_test) - train_error
-    return Outcome(curves["test_error"][-1], train_error, gap, seconds_per_step, curves)
+def _optimizer(run: Run, network: nn.Module) -> torch.optim.Optimizer:
+    params = network.parameters()
+    if run.optimizer == "sgd":
+        return torch.optim.SGD(params, run.lr, run.momentum, weight_decay=run.weight_decay)
+    kind = torch.optim.Adam if run.optimizer == "adam" else torch.optim.AdamW
+    return kind(params, run.lr, (0.9, run.beta2), weight_decay=run.weight_decay)
 
 
-def _loss(network: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(network(inputs), labels)
+def _factor(run: Run, steps: int, step: int) -> float:
+    """What the learning rate is multiplied by at a step."""
+    if step < run.warmup:
+        return (step + 1) / run.warmup
+    if run.schedule == "cosine":
+        return (1 + math.cos(math.pi * (step - run.warmup) / max(1, steps - run.warmup))) / 2
+    if run.schedule == "inverse-sqrt":
+        return math.sqrt(max(1, run.warmup) / (step + 1))
+    return 1.0
 
 
-def _backward(run: Run, network: nn.Module) -> Callable[[Callable[[], Tensor]], Any]:
+def _minimizer(run: Run, network: nn.Module) -> ASAM | None:
     if run.method == "sgd":
-        return lambda closure: torch.autograd.backward(closure())
+        return None
+    choice = {"all": lambda network: None, "weights": weight_parameters, "norm": norm_parameters}[run.perturb]
+    chosen = choice(network)
     if run.method == "sam":
-        return SAM(network, rho=run.rho).backward
-    return ASAM(network, rho=run.rho, eta=run.eta).backward
+        return SAM(network, rho=run.rho, p=run.p, bias=run.bias, params=chosen)
+    return ASAM(
+        network, rho=run.rho, eta=run.eta, normalization=run.normalization, p=run.p, bias=run.bias, params=chosen
+    )

@@ -7,7 +7,7 @@ worst_case_sharpness(objective, 0.5, geometry=Geometry(eta=0)).value
 from ..geometry import Geometry
 from .average_case import AverageSharpness, average_sharpness
 from .bounds import HoldoutBound, SharpnessBound, asam_bound, holdout_bound, sam_bound
-from .correlation import GranulatedKendall, Kendall, granulated_kendall, kendall
+from .correlation import GranulatedKendall, Kendall, granulated_kendall, kendall, kendall_difference
 from .gibbs import GibbsCertificate, gibbs_certificate
 from .hessian import HessianOperator, hessian
 from .lanczos import Eigenvalues, SpectralDensity, spectral_density, top_eigenvalues
@@ -43,6 +43,7 @@ __all__ = [
     "holdout_bound",
     "interpolate",
     "kendall",
+    "kendall_difference",
     "loss_line",
     "loss_plane",
     "normalized_logits",

@@ -1,0 +1,144 @@
+"""A run: everything that decides its outcome, in one frozen configuration that can be stored and read back."""
+
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from . import InputError
+
+
+def _said(text: str, default: Any, *choices: str) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run."""
+
+    method: str = _said("sgd: the plain gradient of the base optimizer; sam; asam.", "asam", "sgd", "sam", "asam")
+    seed: int = _said("Fixes split, noisy labels, initial weights, batches and dropout.", 0)
+    rho: float = _said("Neighborhood size.", 0.0)
+    eta: float = _said("Stabilizer of T_w.", 0.01)
+    normalization: str = _said("T_w of ASAM.", "elementwise", "elementwise", "filterwise", "layerwise", "none")
+    p: float = _said("The norm of the ball, inf included.", 2.0)
+    bias: str = _said("What holds for biases.", "unscaled", "unscaled", "scaled", "fixed")
+    perturb: str = _said(
+        "Which parameters: all, those of two dimensions or more, those of normalization layers.",
+        "all",
+        "all",
+        "weights",
+        "norm",
+    )
+    optimizer: str = _said("The base optimizer.", "sgd", "sgd", "adam", "adamw")
+    lr: float = _said("Learning rate.", 0.03)
+    momentum: float = _said("Of SGD.", 0.9)
+    beta2: float = _said("Of Adam and AdamW.", 0.999)
+    weight_decay: float = _said("Weight decay.", 5e-4)
+    clip: float = _said("Largest norm of the gradient; 0: as it is.", 0.0)
+    schedule: str = _said("Of the learning rate.", "cosine", "cosine", "inverse-sqrt", "constant")
+    warmup: int = _said("Steps in which the learning rate rises linearly.", 0)
+    epochs: int = _said("Epochs.", 60)
+    batch_size: int = _said("Examples in a step, over all processes.", 50)
+    label_smoothing: float = _said("Of the training loss.", 0.0)
+    dataset: str = _said(
+        "Data.", "digits", "digits", "fashion-mnist", "glyphs", "cifar10", "cifar100", "image-folder", "help-texts"
+    )
+    data_dir: str | None = _said("Folder of the data.", None)
+    train_size: int | None = _said("Training examples; by default those of the data set.", None)
+    noise: float = _said("Share of wrong training labels.", 0.0)
+    augment: bool = _said("Random crops and flips.", False)
+    model: str = _said("mlp, cnn, or a network of pytorchcv such as resnet20 or wrn28-10.", "mlp")
+    dropout: float = _said("Dropout rate.", 0.0)
+    scale: float = _said("The initial network's first layer times this, the next divided by it.", 1.0)
+    evaluate_every: int = _said("Epochs between evaluations.", 1)
+    device: str = _said("cpu, cuda, or auto.", "cpu")
+    precision: str = _said("Of the passes, by autocast.", "float32", "float32", "bfloat16", "float16")
+
+    @property
+    def passes(self) -> int:
+        """Gradient evaluations per step."""
+        return 1 if self.method == "sgd" else 2
+
+    def but(self, **changes: Any) -> "Run":
+        """The same run with some fields changed."""
+        return replace(self, **changes)
+
+    def check(self) -> None:
+        """Refuse what cannot run.
+
+        Raises:
+            InputError: a field has a value that it cannot have.
+        """
+        for item in fields(self):
+            value, choices = getattr(self, item.name), item.metadata["choices"]
+            if choices and value not in choices:
+                raise InputError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+        limits: dict[str, tuple[bool, str]] = {
+            "rho": (0 <= self.rho < math.inf, "a finite number >= 0"),
+            "eta": (0 <= self.eta < math.inf, "a finite number >= 0"),
+            "p": (self.p > 1, "a number > 1 or inf"),
+            "lr": (0 < self.lr < math.inf, "a finite number > 0"),
+            "momentum": (0 <= self.momentum < 1, "at least 0 and less than 1"),
+            "beta2": (0 <= self.beta2 < 1, "at least 0 and less than 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number >= 0"),
+            "clip": (0 <= self.clip < math.inf, "a finite number >= 0"),
+            "warmup": (self.warmup >= 0, "at least 0"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "label_smoothing": (0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
+            "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
+            "noise": (0 <= self.noise < 1, "at least 0 and less than 1"),
+            "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
+            "scale": (0 < self.scale < math.inf, "a finite number > 0"),
+            "evaluate_every": (self.evaluate_every >= 1, "at least 1"),
+        }
+        for name, (holds, allowed) in limits.items():
+            if not holds:
+                raise InputError(f"{name} must be {allowed}, got {getattr(self, name)}")
+        if self.method != "sgd" and self.rho == 0:
+            raise InputError(f"{self.method} needs rho > 0")
+
+
+def as_run(values: dict[str, Any], source: str) -> Run:
+    """The run of these values.
+
+    Raises:
+        InputError: a name is not a run's, or a value cannot be.
+    """
+    known = {item.name: item.type for item in fields(Run)}
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"{source}: a run has no {name!r}; it has {', '.join(known)}")
+        if not _is(value, known[name]):
+            raise InputError(f"{source}: {name} has a wrong type, {value!r}")
+    run = Run(**values)
+    run.check()
+    return run
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """The values that a TOML or JSON file gives to a run.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path} is neither TOML nor JSON: {error}") from None
+    values = values.get("run", values) if isinstance(values, dict) else values
+    if not isinstance(values, dict):
+        raise InputError(f"{path} must hold the names and values of a run")
+    return values
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int) if kind is float and isinstance(value, int) else isinstance(value, kind)

@@ -1,0 +1,129 @@
+"""What a run trains on: batches, a network, a loss, and what is measured after an epoch."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from .data import Data, Split, augmented, load
+from .models import build, rescale_
+from .run import Run
+
+EVALUATION_BATCH = 1000
+
+Batch = tuple[Tensor, ...]
+
+
+class Task(Protocol):
+    """The part of a run that is not the same for all data."""
+
+    steps: int  # in an epoch
+
+    def network(self) -> nn.Module:
+        """The network before training, from torch's default generator."""
+        ...
+
+    def batches(self, generator: torch.Generator, rank: int, world: int) -> Iterator[Batch]:
+        """The batches of an epoch; of each, the share of one of ``world`` processes. All draws are the generator's."""
+        ...
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """The training loss of a batch, a scalar."""
+        ...
+
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        """Metrics after an epoch, in eval mode, by their names; ``validation_...`` is what choices are made by."""
+        ...
+
+    def final(self, network: nn.Module) -> dict[str, float]:
+        """Metrics after the last epoch that are not worth their time after every one."""
+        ...
+
+
+def find(run: Run) -> Task:
+    """The task of a run.
+
+    Raises:
+        InputError: its data is not there.
+    """
+    if run.dataset == "help-texts":
+        from .translation import Translation
+
+        return Translation(run)
+    if run.dataset == "image-folder":
+        from .image_folder import ImageFolder
+
+        return ImageFolder(run)
+    return Classification(run)
+
+
+class Classification:
+    """Images in memory. Errors are percentages; the gap is taken on test labels as noisy as the training labels."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.data: Data = load(run.dataset, run.data_dir, run.noise, run.seed, run.train_size)
+        self._n = len(self.data.train.labels)
+        self.steps = -(-self._n // run.batch_size)
+
+    def network(self) -> nn.Module:
+        """The network of the run, its first layers rescaled by ``run.scale``."""
+        run = self._run
+        network = build(run.model, tuple(self.data.train.inputs.shape[1:]), self.data.classes, run.dropout)
+        if run.scale != 1:
+            rescale_(network, run.scale)
+        return network
+
+    def batches(self, generator: torch.Generator, rank: int, world: int) -> Iterator[Batch]:
+        """Images (n, channels, height, width) and labels (n,)."""
+        for index in torch.split(torch.randperm(self._n, generator=generator), self._run.batch_size):
+            inputs = self.data.train.inputs[index]
+            if self._run.augment:
+                inputs = augmented(inputs, generator, self.data.flips, self.data.black)
+            yield inputs[rank::world], self.data.train.labels[index][rank::world]
+
+    def loss(self, network: nn.Module, batch: Batch) -> Tensor:
+        """Mean cross-entropy."""
+        inputs, labels = batch
+        return cross_entropy(network(inputs), labels, label_smoothing=self._run.label_smoothing)
+
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        """Errors on training, validation and test data, where there is any."""
+        parts = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
+        return {f"{name}_error": error(network, split) for name, split in parts.items() if len(split.labels)}
+
+    def final(self, network: nn.Module) -> dict[str, float]:
+        """The generalization gap in error and in loss."""
+        train, test = self.data.train, self.data.noisy_test
+        return {
+            "generalization_gap": error(network, test) - error(network, train),
+            "loss_gap": mean_loss(network, test) - mean_loss(network, train),
+        }
+
+
+def error(network: nn.Module, split: Split) -> float:
+    """Percentage of examples whose label is not the network's choice, in eval mode."""
+    wrong = sum(int((logits.argmax(1) != labels).sum()) for logits, labels in _predictions(network, split))
+    return 100 * wrong / len(split.labels)
+
+
+def mean_loss(network: nn.Module, split: Split) -> float:
+    """Mean cross-entropy, in eval mode."""
+    total = sum(
+        float(cross_entropy(logits, labels, reduction="sum")) for logits, labels in _predictions(network, split)
+    )
+    return total / len(split.labels)
+
+
+def _predictions(network: nn.Module, split: Split) -> Iterator[tuple[Any, Tensor]]:
+    device = next(network.parameters()).device
+    mode = network.training
+    network.eval()
+    with torch.no_grad():
+        for inputs, labels in zip(
+            torch.split(split.inputs, EVALUATION_BATCH), torch.split(split.labels, EVALUATION_BATCH), strict=True
+        ):
+            yield network(inputs.to(device)), labels.to(device)
+    network.train(mode)
