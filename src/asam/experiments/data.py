@@ -1,4 +1,4 @@
-"""Real data without a download: scikit-learn's digits, and Fashion-MNIST where its files are.
+"""Images in memory: what is there without a download, and CIFAR where the user has it.
 
 A seed fixes the split into training, validation and test data, and which labels are noisy.
 """
@@ -12,17 +12,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import InputError
+from . import InputError, cifar
 
 # where Debian's package dataset-fashion-mnist puts the files
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 # examples: training, validation, test
-SIZES = {"digits": [500, 297, 1000], "fashion-mnist": [2000, 1000, 10000]}
+SIZES = {
+    "digits": [500, 297, 1000],
+    "fashion-mnist": [2000, 1000, 10000],
+    "cifar10": [45000, 5000, 10000],
+    "cifar100": [45000, 5000, 10000],
+}
+CLASSES = {"cifar100": 100, "glyphs": 36}  # of the others 10
+FLIPPED = ("fashion-mnist", "cifar10", "cifar100")  # a mirrored letter is another one, or none
+# of the glyphs: where the families of the training data end, and those of the validation data
+CUTS = (0.65, 0.75)
+CHUNK = 1000
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images of shape (n, 1, height, width), of mean 0 and standard deviation 1 over all, and labels of shape (n,)."""
+    """Images of shape (n, channels, height, width), of mean 0 and standard deviation 1 over all, and labels (n,)."""
 
     inputs: Tensor
     labels: Tensor
@@ -38,39 +48,69 @@ class Data:
     noisy_test: Split
     classes: int
     flips: bool  # whether a mirrored image is as good
-    black: Tensor  # a pixel of value 0 after standardization, (channels, 1, 1)
+    black: Tensor  # what a pixel of value 0 has become, (channels, 1, 1)
+
+
+@dataclass(frozen=True)
+class _Source:
+    images: np.ndarray  # as stored, (n, channels, height, width)
+    labels: Tensor
+    mean: np.ndarray  # (channels, 1, 1) or a scalar
+    std: np.ndarray
+    n_test: int = 0  # the last so many are the official test data
+    families: Tensor | None = None
 
 
 def load(dataset: str, folder: str | None, noise: float, seed: int, train_size: int | None = None) -> Data:
     """The data of one seed: ``noise`` is the share of labels replaced by another class, drawn uniformly.
 
-    Validation and test data do not depend on ``train_size``; fewer training examples are the first of more. Training on
-    all that is not test data leaves no validation data. With a ``train_size``, the test data of Fashion-MNIST are its
-    official 10,000.
+    Test data are the official ones of CIFAR, of Fashion-MNIST where a ``train_size`` is given, else drawn by the seed;
+    of the glyphs, no family of fonts is in two parts. Validation and test data do not depend on ``train_size``, and
+    fewer training examples are the first of more. Training on all that is not test data leaves no validation data.
 
     Raises:
         InputError: the files of the data set are not there or are not what they should be, or hold too few examples.
     """
-    inputs, labels = _read(dataset, folder)
+    source = _read(dataset, folder)
     generator = torch.Generator().manual_seed(seed)
+    train, validation, test = _split(dataset, source, train_size, generator)
+    train, validation = _resized(train, validation, train_size)
+    parts = [Split(_standardized(source, index), source.labels[index]) for index in (train, validation, test)]
+    classes = CLASSES.get(dataset, 10)
+    train_noisy, test_noisy = (_noisy(split, noise, classes, generator) for split in (parts[0], parts[2]))
+    black = torch.tensor(-source.mean / source.std, dtype=torch.float32).expand(source.images.shape[1], 1, 1)
+    return Data(train_noisy, parts[1], parts[2], test_noisy, classes, dataset in FLIPPED, black)
+
+
+def _split(
+    dataset: str, source: _Source, train_size: int | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of training, validation and test data, in random order."""
+    n = len(source.labels)
+    if source.families is not None:
+        return _by_family(source.families, generator)
     n_train, n_validation, n_test = SIZES[dataset]
-    if train_size is None or dataset == "digits":
-        order = torch.randperm(len(labels), generator=generator)
-        train, validation, test, _ = torch.tensor_split(
-            order, [n_train, n_train + n_validation, n_train + n_validation + n_test]
-        )
-    else:
-        order = torch.randperm(len(labels) - n_test, generator=generator)
-        validation, train = order[:n_validation], order[n_validation:]
-        test = torch.arange(len(order), len(labels))
-    train, validation = resized(train, validation, train_size)
-    classes = 10
-    parts = [Split(inputs[index], labels[index]) for index in (train, validation, test)]
-    noisy = [_noisy(split, noise, classes, generator) for split in (parts[0], parts[2])]
-    return Data(noisy[0], parts[1], parts[2], noisy[1], classes, False, inputs.amin((0, 2, 3))[:, None, None])
+    if source.n_test and (train_size is not None or dataset != "fashion-mnist"):
+        order = torch.randperm(n - source.n_test, generator=generator)
+        return order[n_validation:], order[:n_validation], torch.arange(len(order), n)
+    order = torch.randperm(n, generator=generator)[: n_train + n_validation + n_test]
+    return order[:n_train], order[n_train:-n_test], order[-n_test:]
 
 
-def resized(train: Tensor, validation: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
+def _by_family(families: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    order = torch.randperm(len(families), generator=generator)
+    counts = torch.bincount(families)
+    ranked = torch.randperm(len(counts), generator=generator)
+    middle = counts[ranked].cumsum(0) - counts[ranked] / 2
+    part = torch.empty_like(ranked)
+    part[ranked] = torch.bucketize(middle, len(families) * torch.tensor(CUTS))
+    train, validation, test = (order[part[families[order]] == i] for i in range(3))
+    if not (len(train) and len(validation) and len(test)):
+        raise InputError(f"{len(counts)} families of fonts are too few for training, validation and test data")
+    return train, validation, test
+
+
+def _resized(train: Tensor, validation: Tensor, size: int | None) -> tuple[Tensor, Tensor]:
     """As many training examples as asked for, by their indices; all there are if the validation data is taken too.
 
     Raises:
@@ -116,18 +156,29 @@ def _noisy(split: Split, noise: float, classes: int, generator: torch.Generator)
 
 
 @cache
-def _read(dataset: str, folder: str | None) -> tuple[Tensor, Tensor]:
+def _read(dataset: str, folder: str | None) -> _Source:
     if dataset == "digits":
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        return _standardized(digits.images), torch.tensor(digits.target)
+        return _gray(digits.images, digits.target)
+    if dataset == "glyphs":
+        from .glyphs import glyphs
+
+        images, labels, families = glyphs(folder)
+        return _gray(images, labels, families=torch.tensor(families))
+    if dataset in cifar.FILES:
+        images, labels, n_test = cifar.read(dataset, folder)
+        if (n := len(labels)) != sum(SIZES[dataset]) or n_test != SIZES[dataset][2]:
+            raise InputError(f"{folder} holds {n - n_test} and {n_test} images: that is not {dataset}")
+        return _colored(images, labels, n_test)
     path = Path(folder) if folder else FASHION_FOLDER
     images = np.concatenate([_idx(path / f"{part}-images-idx3-ubyte.gz") for part in ("train", "t10k")])
-    labels = np.concatenate([_idx(path / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k")])
+    label_parts = [_idx(path / f"{part}-labels-idx1-ubyte.gz") for part in ("train", "t10k")]
+    labels = np.concatenate(label_parts)
     if images.ndim != 3 or labels.shape != images.shape[:1] or len(labels) < sum(SIZES[dataset]):
         raise InputError(f"{path} does not hold the images and labels of Fashion-MNIST")
-    return _standardized(images), torch.tensor(labels.astype(np.int64))
+    return _gray(images, labels, n_test=len(label_parts[1]))
 
 
 def _idx(path: Path) -> np.ndarray:
@@ -148,5 +199,29 @@ def _idx(path: Path) -> np.ndarray:
     return values.reshape(shape.astype(int))
 
 
-def _standardized(images: np.ndarray) -> Tensor:
-    return torch.tensor((images[:, None] - images.mean()) / images.std(), dtype=torch.float32)
+def _gray(images: np.ndarray, labels: np.ndarray, n_test: int = 0, families: Tensor | None = None) -> _Source:
+    """Statistics over all images, (n, height, width)."""
+    return _Source(
+        images[:, None], torch.tensor(labels.astype(np.int64)), images.mean(), images.std(), n_test, families
+    )
+
+
+def _colored(images: np.ndarray, labels: np.ndarray, n_test: int) -> _Source:
+    """Statistics of each channel over the images that are not test data, from how often each value is there."""
+    values = np.arange(256)
+    counts = np.zeros((images.shape[1], 256))
+    n = len(images) - n_test
+    for start in range(0, n, CHUNK):
+        chunk = images[start : min(start + CHUNK, n)]
+        counts += [np.bincount(channel.ravel(), minlength=256) for channel in chunk.swapaxes(0, 1)]
+    weights = counts / counts.sum(1, keepdims=True)
+    mean = weights @ values
+    std = np.sqrt((weights * (values - mean[:, None]) ** 2).sum(1))
+    return _Source(images, torch.tensor(labels), mean[:, None, None], std[:, None, None], n_test)
+
+
+def _standardized(source: _Source, index: Tensor) -> Tensor:
+    inputs = torch.empty(len(index), *source.images.shape[1:])
+    for part, i in zip(inputs.split(CHUNK), index.split(CHUNK), strict=True):  # float64 is for a chunk at a time
+        part.copy_(torch.from_numpy((source.images[i.numpy()] - source.mean) / source.std))
+    return inputs
