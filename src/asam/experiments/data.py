@@ -222,6 +222,8 @@ def _colored(images: np.ndarray, labels: np.ndarray, n_test: int) -> _Source:
 
 def _standardized(source: _Source, index: Tensor) -> Tensor:
     inputs = torch.empty(len(index), *source.images.shape[1:])
-    for part, i in zip(inputs.split(CHUNK), index.split(CHUNK), strict=True):  # float64 is for a chunk at a time
+    for part, i in zip(
+        torch.split(inputs, CHUNK), torch.split(index, CHUNK), strict=True
+    ):  # float64 is for a chunk at a time
         part.copy_(torch.from_numpy((source.images[i.numpy()] - source.mean) / source.std))
     return inputs
