@@ -48,6 +48,7 @@ class Run:
     )
     data_dir: str | None = _said("Folder of the data.", None)
     train_size: int | None = _said("Training examples; by default those of the data set.", None)
+    image_size: int = _said("Side of the images of an image-folder, which are scaled to it.", 224)
     noise: float = _said("Share of wrong training labels.", 0.0)
     augment: bool = _said("Random crops and flips.", False)
     model: str = _said("mlp, cnn, or a network of pytorchcv such as resnet20 or wrn28-10.", "mlp")
@@ -90,6 +91,7 @@ class Run:
             "batch_size": (self.batch_size >= 1, "at least 1"),
             "label_smoothing": (0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
             "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
+            "image_size": (self.image_size >= 1, "at least 1"),
             "noise": (0 <= self.noise < 1, "at least 0 and less than 1"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
             "scale": (0 < self.scale < math.inf, "a finite number > 0"),
