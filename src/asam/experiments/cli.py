@@ -216,7 +216,7 @@ def reproduce(
     scale: Literal["quick", "laptop", "paper"] = "quick" if quick else "paper" if paper else "laptop"
     settings = reproduction.configured(study, scale, seeds=seeds, data_dir=data_dir)
     folder = out or Path(f"asam-{name}")
-    reproduction.claim(study, scale, settings, folder, force=force)
+    reproduction.claim(study, scale, settings, folder, storage, force=force)
     with _counted(f"{name}, {scale} scale") as progress:
         findings = reproduction.reproduce(study, scale, settings, folder, storage, workers, progress)
     console = Console()

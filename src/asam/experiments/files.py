@@ -12,8 +12,13 @@ def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     unfinished = path.with_name(path.name + ".part")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        with unfinished.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # some disks say only now that they are full
         os.replace(unfinished, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -34,7 +39,8 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
     """Make a folder of results ready: new, or of the same configuration and unfinished, to go on with.
 
     ``config.json`` tells the configuration, the file ``last`` that it is finished. With ``force`` the files that
-    match ``ours`` are removed first, and nothing else.
+    match ``ours`` are removed first, and nothing else; unless they are not of this program, whose ``config.json``
+    names its version.
 
     Raises:
         InputError: the folder holds something else, or is finished, and there is no ``force``.
@@ -44,9 +50,15 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
         raise InputError(f"{folder} is a file: choose another --out")
     if folder.is_dir() and any(folder.iterdir()):
         if force:
-            for pattern in ("config.json", last, *ours):
-                for file in folder.glob(pattern):
-                    file.unlink()
+            # config.json last: killed in between, the folder is still one of ours
+            found = [
+                file for pattern in (last, *ours, path.name) for file in sorted(folder.glob(pattern), reverse=True)
+            ]
+            files = [file for file in found if not file.is_dir()]
+            if files and not _is_ours(path):
+                raise InputError(f"{files[0]} would be overwritten and is of something else: choose another --out")
+            for file in files:
+                file.unlink(missing_ok=True)
         else:
             if not path.exists() or read_json(path) != json.loads(json.dumps(config)):
                 raise InputError(
@@ -58,3 +70,10 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
             return
     folder.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(config, indent=1) + "\n")
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        return "asam" in json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False

@@ -108,7 +108,8 @@ class Study:
             set it.
         run: the frozen dataclass that tells a run everything; its fields are what JSON can hold.
         plan: from settings and outcomes so far, every run that can be named by now.
-        perform: a run's outcome, which JSON can hold. It runs in a process of its own with one thread.
+        perform: a run's outcome, which JSON can hold. It runs in a process of its own with one thread, and so it and
+            plan are functions of a module.
         report: settings and all outcomes made into findings.
         check: raises InputError where the settings cannot run, because data is missing for example.
     """
