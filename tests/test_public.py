@@ -99,5 +99,5 @@ def test_importing_is_cheap():
     seconds, packages, modules = run.stdout.splitlines()
     assert float(seconds) < 0.1
     assert set(packages.split()) <= {"asam", "torch"}
-    core = "blocks checks closures geometry minimizer optimizer parameters perturbation projection replicas"
+    core = "blocks checks closures geometry minimizer optimizer parameters perturbation projection replicas sharding"
     assert set(modules.split()) == {f"asam.{name}" for name in core.split()}

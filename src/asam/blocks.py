@@ -5,7 +5,7 @@ product of the largest magnitude and the norm in units of it, so it neither unde
 a value back from the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -153,16 +153,24 @@ class DualNorm:
     largest: Tensor
     norm: Tensor
 
+    def pair(self) -> Tensor:
+        """Both numbers as one tensor of shape (2, 1)."""
+        return torch.stack([self.largest, self.norm]).unsqueeze(1)
+
     def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Both numbers on the device and in the dtype of a tensor."""
         return self.largest.to(like, non_blocking=True), self.norm.to(like, non_blocking=True)
 
 
 def dual_norm(blocks: list[Block], q: float) -> DualNorm:
-    """``||T g||_q`` over all blocks, on the device of the first."""
+    """``||T g||_q`` over all blocks, on the device of the first; zero if there are none."""
     if not blocks:
-        return DualNorm(torch.ones(()), torch.ones(()))
-    parts = [block.largest_and_norm(q) for block in blocks]
+        return DualNorm(torch.zeros(()), torch.zeros(()))
+    return together([block.largest_and_norm(q) for block in blocks], q)
+
+
+def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
+    """The norm over several parts, from the largest magnitude of each and the norm in units of it."""
     home = parts[0][0].device
     dtype = torch.float64 if any(part[0].dtype == torch.float64 for part in parts) else torch.float32
     largests = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
@@ -176,3 +184,15 @@ def dual_norm(blocks: list[Block], q: float) -> DualNorm:
 def nonzero(magnitude: Tensor) -> Tensor:
     """A magnitude that may be divided by."""
     return magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
+
+
+def norms(param: Tensor, *, keep_first: bool) -> Tensor:
+    """2-norm over all dimensions, or all but the first: keeps them as 1. Scaled, since squares underflow."""
+    dims = list(range(1 if keep_first else 0, param.ndim))
+    if param.numel() == 0:
+        return param.sum(dim=dims, keepdim=True)
+    values = param.float() if param.dtype in (torch.float16, torch.bfloat16) else param
+    largest = nonzero(values.abs().amax(dim=dims, keepdim=True))
+    squares = (values / largest).square_()
+    result: Tensor = squares.sum(dim=dims, keepdim=True).sqrt_() * largest
+    return result.to(param.dtype)

@@ -18,12 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import Block, Piece, dual_norm, nonzero, packed
+from .blocks import Block, DualNorm, Piece, dual_norm, norms, packed, together
 from .checks import check_choice, check_number, check_rho
 from .projection import nearest_in_ball
+from .sharding import groups, is_sharded, local, over_shards, shard
 
 NORMALIZATIONS = ("elementwise", "filterwise", "layerwise", "none")
 BIASES = ("unscaled", "scaled", "fixed")
+
+# How the scale of a parameter is found: a normalization, or "fixed".
+Kind = str | Callable[[Tensor], Tensor | float]
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ class Geometry:
         scales = self.scales(params)
         return {name: torch.where(perturbations[name] == 0, 0, perturbations[name] / scales[name]) for name in params}
 
-    def _kind(self, name: str, param: Tensor) -> str | Callable[[Tensor], Tensor | float]:
+    def _kind(self, name: str, param: Tensor) -> Kind:
         """How the scale of this parameter is found: the normalization, as the bias policy and the shape leave it."""
         if _is_bias(name) and self.bias != "scaled":
             return "none" if self.bias == "unscaled" else "fixed"
@@ -163,7 +167,7 @@ class Geometry:
         if kind == "fixed":
             return torch.zeros_like(param)
         if kind in ("filterwise", "layerwise"):
-            return (_norms(param, keep_first=kind == "filterwise") + self.eta).expand_as(param)
+            return (norms(param, keep_first=kind == "filterwise") + self.eta).expand_as(param)
         assert callable(kind)
         scale = torch.as_tensor(kind(param), dtype=param.dtype, device=param.device)
         try:
@@ -188,10 +192,20 @@ class Geometry:
         with its block, when the next one is asked for. ``targets`` are tensors of the parameters' shapes to be cut
         the same way (the parameters themselves if None). To be called and iterated over under ``torch.no_grad()``.
         """
-        blocks = self._cut(names, params, grads, params if targets is None else targets)
-        grads.clear()
+        targets = params if targets is None else targets
         q = 1.0 if self.p == math.inf else self.p / (self.p - 1)
-        norm = dual_norm(blocks, q)
+        kinds = [self._kind(name, param) for name, param in zip(names, params, strict=True)]
+        if is_sharded(params):
+            blocks, norm = self._cut_shards(names, kinds, params, grads, targets, q)
+        else:
+            scales = [
+                None if kind in ("elementwise", "none") else self._scale(name, param.detach())
+                for name, kind, param in zip(names, kinds, params, strict=True)
+            ]
+            blocks = self._cut(kinds, params, grads, targets, scales)
+            norm = dual_norm(blocks, q)
+            del scales
+        grads.clear()
         blocks.reverse()
         while blocks:
             block = blocks.pop()
@@ -200,28 +214,58 @@ class Geometry:
             del block
 
     def _cut(
-        self, names: Sequence[str], params: Sequence[Tensor], grads: Sequence[Tensor], targets: Sequence[Tensor]
+        self,
+        kinds: Sequence[Kind],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        scales: Sequence[Tensor | None],
     ) -> list[Block]:
-        pieces = []
-        for name, param, grad, target in zip(names, params, grads, targets, strict=True):
-            if param.numel() == 0 or not self.perturbs(name):
-                continue
-            kind = self._kind(name, param)
-            scale = None if kind in ("elementwise", "none") else self._scale(name, param.detach())
-            pieces.append(Piece(param, grad, target, scale, kind == "elementwise"))
+        """Blocks of parameters, with their scales where those are neither |w| + eta nor 1."""
+        pieces = [
+            Piece(param, grad, target, scale, kind == "elementwise")
+            for kind, param, grad, target, scale in zip(kinds, params, grads, targets, scales, strict=True)
+            if param.numel() and kind != "fixed"
+        ]
         return packed(pieces, self.eta)
 
+    def _cut_shards(
+        self,
+        names: Sequence[str],
+        kinds: Sequence[Kind],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        targets: Sequence[Tensor],
+        q: float,
+    ) -> tuple[list[Block], DualNorm]:
+        """Blocks of the local shards, and the norm over the shards of all processes."""
+        spread = [groups(param) for param in params]
+        layouts = list(dict.fromkeys(spread))
+        values = [shard(grad, param) for grad, param in zip(grads, params, strict=True)]
+        columns = (kinds, local(params), values, local(targets), self._shard_scales(names, kinds, params))
+        rows = list(zip(spread, *columns, strict=True))
+        parts = [self._cut(*zip(*(row[1:] for row in rows if row[0] == layout), strict=True)) for layout in layouts]
+        sizes = [dual_norm(part, q).pair() for part in parts]
+        over_shards(sizes, layouts, params, q)
+        norm = together([(size[0, 0], size[1, 0]) for size in sizes], q)
+        return [block for part in parts for block in part], norm
 
-def _norms(param: Tensor, *, keep_first: bool) -> Tensor:
-    """2-norm over all dimensions, or all but the first: keeps them as 1. Scaled, since squares underflow."""
-    dims = list(range(1 if keep_first else 0, param.ndim))
-    values = param.float() if param.dtype in (torch.float16, torch.bfloat16) else param
-    if param.numel() == 0:
-        return torch.zeros_like(param)
-    largest = nonzero(values.abs().amax(dim=dims, keepdim=True))
-    squares = (values / largest).square_()
-    norms: Tensor = squares.sum(dim=dims, keepdim=True).sqrt_() * largest
-    return norms.to(param.dtype)
+    def _shard_scales(
+        self, names: Sequence[str], kinds: Sequence[Kind], params: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """The scales of local shards, where they are neither |w| + eta nor 1."""
+        scales: list[Tensor | None] = [None] * len(params)
+        shards = local(params)
+        with_norms = [i for i, kind in enumerate(kinds) if kind in ("filterwise", "layerwise")]
+        lengths = [norms(shards[i], keep_first=kinds[i] == "filterwise") for i in with_norms]
+        sizes = [torch.stack([length.flatten(), torch.ones_like(length).flatten()]) for length in lengths]
+        over_shards(sizes, [groups(params[i], across_rows=kinds[i] == "filterwise") for i in with_norms], params, 2)
+        for i, length, size in zip(with_norms, lengths, sizes, strict=True):
+            scales[i] = (size.prod(dim=0).to(length).view_as(length) + self.eta).expand_as(shards[i])
+        for i, kind in enumerate(kinds):
+            if callable(kind):
+                scales[i] = shard(self._scale(names[i], params[i].detach()), params[i])
+        return scales
 
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:

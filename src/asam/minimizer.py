@@ -20,6 +20,7 @@ from .geometry import Geometry
 from .parameters import selected_parameters
 from .perturbation import RandomState, perturbed
 from .replicas import Replicas
+from .sharding import check_sharding, is_sharded
 
 
 class ASAM:
@@ -84,6 +85,7 @@ class ASAM:
         for name, param in self._params.items():
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
+        self._sharded = check_sharding(model, self._params)
         self._active = False
 
     @property
@@ -135,10 +137,10 @@ class ASAM:
             if self.rho == 0:
                 return descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
-            with self._replicas.apart(accumulating=backward is not None):
-                loss, names, params, grads = (
-                    self._climb(ascents) if backward is None else self._climb_through(ascents, backward)
-                )
+            # the graph of a sharded model ends in whole parameters that come and go: its gradients are in .grad alone
+            through = self._sharded or backward is not None
+            with self._replicas.apart(accumulating=through):
+                loss, names, params, grads = self._climb_through(ascents, backward) if through else self._climb(ascents)
             after = self._random_state() if self.replay_rng else None
             with perturbed(self._model, self.geometry, names, params, grads, self.rho):
                 if before is not None:
@@ -231,9 +233,9 @@ class ASAM:
         return total(losses), *self._present(grads, trainable)
 
     def _climb_through(
-        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any]
+        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None
     ) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
-        """The same by the user's own backward, with the gradients of earlier micro-batches set aside for the while."""
+        """The same by a backward pass into ``.grad``, with those of earlier micro-batches set aside for the while."""
         everything = list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
         earlier = [param.grad for param in everything]
         for param in everything:
@@ -257,13 +259,18 @@ class ASAM:
                     f"{type(self).__name__} does not take sparse gradients, and {name!r} has one: build the layer with "
                     "sparse=False, or leave it out with params=..."
                 )
-        if self.sync_ascent:
+        if self.sync_ascent and not self._sharded:
             self._replicas.average_(list(params.values()), grads)
         found = [(name, params[name], grad) for name, grad in zip(params, grads, strict=True) if grad is not None]
         if not found:
             raise RuntimeError(
                 "no perturbed parameter has a gradient: the loss must depend on a parameter of the model that "
                 "requires one, and perturbed() needs loss.backward() before it"
+                + (
+                    "; with FSDP2, make ASAM after fully_shard, and leave set_requires_gradient_sync(True)"
+                    if is_sharded(self._model.parameters())
+                    else ""
+                )
             )
         names, chosen, values = zip(*found, strict=True)
         return list(names), list(chosen), list(values)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .geometry import Geometry
+from .sharding import Unsharded, local
 
 
 @contextmanager
@@ -31,20 +32,26 @@ def perturbed(
     saved: list[tuple[list[Tensor], list[Tensor]]] = []
     with torch.no_grad():
         buffers = Buffers(model)
+    unsharded = Unsharded(model, params)
     try:
         with torch.no_grad():
             for block in geometry.blocks(names, params, grads, rho):
                 saved.append((block.targets, copies(block.targets)))
                 block.move()
                 del block
+        unsharded.let_go()
         # autocast keeps its half-precision copies of the weights for as long as its context is open
         torch.clear_autocast_cache()
         yield
+    except BaseException:
+        unsharded.abort()
+        raise
     finally:
         with torch.no_grad():
             for targets, originals in saved:
                 torch._foreach_copy_(targets, originals)
             buffers.restore()
+        unsharded.let_go()
         torch.clear_autocast_cache()
 
 
@@ -56,13 +63,15 @@ class Buffers:
             (module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()
         ]
         # an expanded tensor cannot be written to, neither by the module nor here
-        self._buffers = [
-            buffer
-            for _, _, buffer in self._places
-            if buffer is not None
-            and buffer.layout == torch.strided
-            and all(buffer.stride(i) or buffer.shape[i] < 2 for i in range(buffer.ndim))
-        ]
+        self._buffers = local(
+            [
+                buffer
+                for _, _, buffer in self._places
+                if buffer is not None
+                and buffer.layout == torch.strided
+                and all(buffer.stride(i) or buffer.shape[i] < 2 for i in range(buffer.ndim))
+            ]
+        )
         self._contents = copies(self._buffers)
 
     def restore(self, *, versions: bool = True) -> None:

@@ -74,7 +74,8 @@ class Replicas:
             values = [torch.zeros_like(params[i]) if (grad := grads[i]) is None else grad for i in members]
             flat = torch.cat([value.reshape(-1) for value in values]).div_(dist.get_world_size(group))
             dist.all_reduce(flat, group=group)
-            for i, part in zip(members, flat.split([value.numel() for value in values]), strict=True):
+            parts = torch.split(flat, [value.numel() for value in values])
+            for i, part in zip(members, parts, strict=True):
                 grads[i] = part.view_as(params[i])
 
 

@@ -92,7 +92,7 @@ def replicas_stay_equal(rank):
         asam = ASAM(model, sync_ascent=sync_ascent)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for step in range(200):
-            asam.backward(lambda step=step: loss(model, batch(step, rank)))
+            asam.backward(lambda step=step, model=model: loss(model, batch(step, rank)))
             optimizer.step()
             optimizer.zero_grad()
         for param in model.parameters():
