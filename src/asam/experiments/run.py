@@ -49,6 +49,7 @@ class Run:
     data_dir: str | None = _said("Folder of the data.", None)
     train_size: int | None = _said("Training examples; by default those of the data set.", None)
     image_size: int = _said("Side of the images of an image-folder, which are scaled to it.", 224)
+    test_size: int | None = _said("Test and validation examples each; by default those of the data set.", None)
     noise: float = _said("Share of wrong training labels.", 0.0)
     augment: bool = _said("Random crops and flips.", False)
     model: str = _said("mlp, cnn, or a network of pytorchcv such as resnet20 or wrn28-10.", "mlp")
@@ -92,6 +93,7 @@ class Run:
             "label_smoothing": (0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
             "train_size": (self.train_size is None or self.train_size >= 1, "at least 1"),
             "image_size": (self.image_size >= 1, "at least 1"),
+            "test_size": (self.test_size is None or self.test_size >= 1, "at least 1"),
             "noise": (0 <= self.noise < 1, "at least 0 and less than 1"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
             "scale": (0 < self.scale < math.inf, "a finite number > 0"),

@@ -1,13 +1,14 @@
 """What a run trains on: batches, a network, a loss, and what is measured after an epoch."""
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .data import Data, Split, augmented, load
+from .data import Split, augmented, load
 from .models import build, rescale_
 from .run import Run
 
@@ -64,7 +65,12 @@ class Classification:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.data: Data = load(run.dataset, run.data_dir, run.noise, run.seed, run.train_size)
+        data = load(run.dataset, run.data_dir, run.noise, run.seed, run.train_size)
+        cut = {
+            name: Split(split.inputs[: run.test_size], split.labels[: run.test_size])
+            for name, split in (("validation", data.validation), ("test", data.test), ("noisy_test", data.noisy_test))
+        }
+        self.data = replace(data, **cut)
         self._n = len(self.data.train.labels)
         self.steps = -(-self._n // run.batch_size)
 
@@ -90,40 +96,26 @@ class Classification:
         return cross_entropy(network(inputs), labels, label_smoothing=self._run.label_smoothing)
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Errors on training, validation and test data, where there is any."""
+        """Errors on training, validation (where there is any) and test data."""
         parts = {"train": self.data.train, "validation": self.data.validation, "test": self.data.test}
-        return {f"{name}_error": error(network, split) for name, split in parts.items() if len(split.labels)}
+        return {f"{name}_error": error_and_loss(network, part)[0] for name, part in parts.items() if len(part.labels)}
 
     def final(self, network: nn.Module) -> dict[str, float]:
         """The generalization gap in error and in loss."""
-        train, test = self.data.train, self.data.noisy_test
-        return {
-            "generalization_gap": error(network, test) - error(network, train),
-            "loss_gap": mean_loss(network, test) - mean_loss(network, train),
-        }
+        train, test = (error_and_loss(network, part) for part in (self.data.train, self.data.noisy_test))
+        return {"generalization_gap": test[0] - train[0], "loss_gap": test[1] - train[1]}
 
 
-def error(network: nn.Module, split: Split) -> float:
-    """Percentage of examples whose label is not the network's choice, in eval mode."""
-    wrong = sum(int((logits.argmax(1) != labels).sum()) for logits, labels in _predictions(network, split))
-    return 100 * wrong / len(split.labels)
-
-
-def mean_loss(network: nn.Module, split: Split) -> float:
-    """Mean cross-entropy, in eval mode."""
-    total = sum(
-        float(cross_entropy(logits, labels, reduction="sum")) for logits, labels in _predictions(network, split)
-    )
-    return total / len(split.labels)
-
-
-def _predictions(network: nn.Module, split: Split) -> Iterator[tuple[Any, Tensor]]:
-    device = next(network.parameters()).device
-    mode = network.training
+def error_and_loss(network: nn.Module, split: Split) -> tuple[float, float]:
+    """Percentage of examples whose label is not the network's choice, and mean cross-entropy, in eval mode."""
+    device, mode = next(network.parameters()).device, network.training
     network.eval()
+    wrong, loss = 0, 0.0
     with torch.no_grad():
-        for inputs, labels in zip(
-            torch.split(split.inputs, EVALUATION_BATCH), torch.split(split.labels, EVALUATION_BATCH), strict=True
-        ):
-            yield network(inputs.to(device)), labels.to(device)
+        parts = (torch.split(part, EVALUATION_BATCH) for part in (split.inputs, split.labels))
+        for inputs, labels in zip(*parts, strict=True):
+            logits, labels = network(inputs.to(device)), labels.to(device)
+            wrong += int((logits.argmax(1) != labels).sum())
+            loss += float(cross_entropy(logits, labels, reduction="sum"))
     network.train(mode)
+    return 100 * wrong / len(split.labels), loss / len(split.labels)

@@ -1,8 +1,8 @@
 """Which parameters to perturb: the bias policy changes the algorithm.
 
 The paper leaves biases unscaled: their scale is 1, and all share one norm, so that on a small network the biases
-can take nearly all of the perturbation. The alternatives: scale them as weights, do not perturb them, perturb weights of
-two dimensions or more only, perturb normalization layers only. Each tunes its own rho, since rho does not carry over.
+can take nearly all of the perturbation. The alternatives: scale them as weights, do not perturb them, perturb weights
+of two dimensions or more only, perturb normalization layers only. Each tunes its own rho: rho does not carry over.
 """
 
 from collections.abc import Mapping
