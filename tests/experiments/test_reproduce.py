@@ -48,7 +48,7 @@ def performed(log):
     return sorted(map(int, path.read_text().split())) if path.exists() else []
 
 
-def until(condition, seconds=60):
+def until(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -218,7 +218,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_summary(log, tmp_path):
     first = program(*arguments, start_new_session=True)
     until(lambda: len(performed(log)) >= 3)
     os.killpg(first.pid, signal.SIGINT)  # as the terminal does: the workers get it too
-    out, said = first.communicate(timeout=30)
+    out, said = first.communicate(timeout=60)
     assert (first.returncode, out) == (130, "")
     assert said.splitlines()[-1] == "asam: interrupted; the same command goes on from here"
     assert "Traceback" not in said
@@ -227,10 +227,10 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_summary(log, tmp_path):
     second = program(*arguments, start_new_session=True)
     until(lambda: len(performed(log)) > interrupted)
     os.kill(second.pid, signal.SIGKILL)
-    second.communicate(timeout=30)  # the pipes close when the workers have ended too
+    second.communicate(timeout=60)  # the pipes close when the workers have ended too
 
     done = program(*arguments[:-1], 1)
-    _, said = done.communicate(timeout=60)
+    _, said = done.communicate(timeout=120)
     assert done.returncode == 0, said
     assert summary(tmp_path / "out") == ([TOTAL], 7, ["squares.svg", "data.json"])
     assert sorted(contents(tmp_path / "out")) == FILES

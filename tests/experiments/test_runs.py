@@ -49,7 +49,7 @@ def states(storage):
     return [trial.state for trial in storage._study.get_trials()]
 
 
-def await_file(path, seconds=20):
+def await_file(path, seconds=60):
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} did not come"
@@ -67,12 +67,12 @@ def together(url, count, barrier, log):
 
     def perform(run):
         if not waited:  # each of the workers holds a run now
-            waited.append(barrier.wait(20))
+            waited.append(barrier.wait(60))
         with log.open("a") as file:
             file.write(f"{run.number}\n")
         return square(run)
 
-    barrier.wait(20)
+    barrier.wait(60)
     Runs(url, "study").work(planned(count), perform)
 
 
@@ -80,7 +80,7 @@ def test_workers_that_start_together_on_a_new_database_do_each_run_once(url, tmp
     barrier, log = context.Barrier(3), tmp_path / "log"
     workers = [start(together, url, 30, barrier, log) for _ in range(3)]
     for worker in workers:
-        worker.join(30)
+        worker.join(60)
     assert [worker.exitcode for worker in workers] == [0, 0, 0]
     assert sorted(map(int, log.read_text().split())) == list(range(30))
     storage = Runs(url, "study")
@@ -143,7 +143,7 @@ def test_runs_of_workers_that_were_killed_are_done_again(url, impatient):
     victims += [start(dies_after, url, method) for method in ("set_trial_state_values", "set_trial_user_attr")]
     victims += [start(dies_after, url, "record_heartbeat")]
     for victim in victims:
-        victim.join(20)
+        victim.join(60)
     assert [victim.exitcode for victim in victims] == [-signal.SIGKILL] * 4
     storage = Runs(url, "study")
     assert states(storage).count(TrialState.RUNNING) == 3  # the last one had not claimed its run
@@ -196,7 +196,7 @@ def test_a_worker_that_slept_too_long_makes_no_second_outcome(url, tmp_path, imp
     storage.work(planned(1), lambda run: {"by": os.getpid()})
     (tmp_path / "go").touch()
     os.kill(other.pid, signal.SIGCONT)
-    other.join(20)
+    other.join(60)
     assert other.exitcode == 0
     assert not (tmp_path / "done").exists()
     assert storage.outcomes() == {"run-0": {"by": os.getpid()}}
@@ -229,7 +229,7 @@ def test_a_slow_run_is_not_given_away_though_a_heartbeat_failed(url, tmp_path, m
     await_file(tmp_path / "started")
     storage = Runs(url, "study")
     storage.work(planned(1), square)
-    other.join(20)
+    other.join(60)
     assert other.exitcode == 0
     assert storage.outcomes() == {"run-0": {"by": other.pid}}
     assert states(storage) == [TrialState.COMPLETE]
