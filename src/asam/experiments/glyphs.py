@@ -4,6 +4,7 @@ A few typefaces are next to unreadable, which is a label noise that nobody made 
 """
 
 import hashlib
+import io
 import os
 import re
 import tempfile
@@ -45,7 +46,7 @@ def glyphs(folder: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asam"
     kept = cache_folder / f"glyphs-{key}.npz"
     try:
-        with np.load(kept) as stored:
+        with kept.open("rb") as file, np.load(file) as stored:
             return stored["images"], stored["labels"], stored["families"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there yet, or broken
@@ -72,7 +73,8 @@ def _rendered(files: list[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     numbers: dict[str, int] = {}
     for file in files:
         try:
-            font = ImageFont.truetype(str(file), RENDERED_AT)
+            # not by its path: where that is no font, Pillow takes one of that name from elsewhere
+            font = ImageFont.truetype(io.BytesIO(file.read_bytes()), RENDERED_AT)
             typeface = [_glyph(font, character) for character in CHARACTERS]
         except OSError:
             continue  # no font, or a broken one
