@@ -110,8 +110,8 @@ def test_noise_is_over_all_classes(tmp_path, monkeypatch):
     clean, noisy = (load("cifar100", str(tmp_path / "open"), noise, seed=0) for noise in (0.0, 0.5))
     changed = clean.train.labels != noisy.train.labels
     assert changed.sum() == 995
-    # of 995 uniform draws less than one class in 100 is missed
-    assert len(noisy.train.labels[changed].unique()) >= 98
+    # 995 uniform draws of 99 differences miss hardly any
+    assert len(((noisy.train.labels - clean.train.labels)[changed] % 100).unique()) >= 97
     _read.cache_clear()
 
 

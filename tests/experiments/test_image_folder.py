@@ -19,12 +19,12 @@ COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255), (
 
 @pytest.fixture
 def folder(tmp_path):
-    """Images of six classes that have each a color, brighter from image to image; 20 to train on, 3 to test."""
+    """Images of six classes that have each a color, brighter to the right; 20 to train on, 3 to test."""
     for part, n in (("train", 20), ("val", 3)):
         for name, color in zip(CLASSES, COLORS, strict=True):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(n):
-                pixels = np.tile(np.array(color) * (100 + 5 * i) / 255, (40 + i, 60, 1)).astype(np.uint8)
+                pixels = np.tile(np.linspace(0.4 + 0.01 * i, 1, 60)[:, None] * color, (40 + i, 1, 1)).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / part / name / f"{i}.png")
     (tmp_path / "train" / "README").write_text("no class")
     return tmp_path

@@ -97,7 +97,7 @@ class _DataOnly(pickle.Unpickler):
 
 
 def _dtype(kind: Any, *_: Any) -> np.dtype[Any]:
-    dtype: np.dtype[Any] = np.dtype(kind)  # numpy 2.4 warns of the integers that Python 2 wrote for the other arguments
+    dtype: np.dtype[Any] = np.dtype(kind)  # 2.4.0 to 2.4.4 warn of the integers that Python 2 wrote
     return dtype
 
 
