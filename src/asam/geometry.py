@@ -38,7 +38,8 @@ class Geometry:
         normalization: T_w of the weights. ``"elementwise"``: |w| + eta. ``"filterwise"``: the 2-norm over all
             dimensions but the first (|w| for tensors of fewer than two dimensions), + eta. ``"layerwise"``: the
             2-norm of the tensor, + eta. ``"none"``: 1, which is SAM. Or a callable that takes the parameter and
-            returns its scale, a tensor that broadcasts to it or a number; the scale is used as it is, without eta.
+            returns its scale, a tensor that broadcasts to it or a number; the scale is used as it is, without eta. A
+            sharded parameter is given whole, as a DTensor.
         p: the norm of the ball, any number > 1 or ``math.inf``.
         eta: stabilizer added to weight magnitudes, >= 0. With 0 a weight of exactly 0 is not perturbed.
         bias: what holds for parameters whose own name (the part after the last dot) ends in ``bias``.

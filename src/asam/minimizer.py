@@ -20,14 +20,15 @@ from .geometry import Geometry
 from .parameters import selected_parameters
 from .perturbation import RandomState, perturbed
 from .replicas import Replicas
-from .sharding import check_sharding, is_sharded
+from .sharding import Unsharded, check_sharding, is_sharded
 
 
 class ASAM:
     """Adaptive Sharpness-Aware Minimization: the gradient at the worst point of the neighborhood of the weights.
 
     Args:
-        model: the module whose parameters are perturbed and whose buffers are kept from moving twice.
+        model: the module whose parameters are perturbed and whose buffers are kept from moving twice. The wrapper
+            itself, if it is wrapped by DistributedDataParallel; already sharded, if it is by ``fully_shard`` (FSDP2).
         rho: neighborhood size, a finite number >= 0; may be set at any time. With 0, ``backward`` is one plain pass.
         eta, normalization, p, bias: the geometry of the neighborhood, see :class:`Geometry`.
         params: names or tensors of the parameters to perturb, all by default. Those without a gradient are left alone.
@@ -35,10 +36,10 @@ class ASAM:
             generators as the ascent pass did.
         sync_ascent: under DistributedDataParallel, whether the ascent gradient is averaged over the processes, which
             then share one perturbation, that of the whole batch. By default each climbs on its own shard of the batch
-            and its ascent pass reduces nothing. Give the wrapper itself as ``model``, not what it wraps.
+            and its ascent pass reduces nothing. With FSDP2 the gradient is that of the whole batch in any case.
 
     Raises:
-        ValueError, TypeError: an argument is not one of the above.
+        ValueError, TypeError: an argument is not one of the above, or the model is wrapped in a way that cannot work.
 
     Source: Kwon et al., arXiv:2102.11600.
 
@@ -78,6 +79,8 @@ class ASAM:
         self.sync_ascent = sync_ascent
         self._model = model
         self._replicas = Replicas(model)
+        self._unsharded = Unsharded(model)
+        self._unsharded.let_go()
         chosen = selected_parameters(model, params)
         self._params = {name: param for name, param in chosen.items() if self.geometry.perturbs(name)}
         if not self._params:
@@ -117,7 +120,7 @@ class ASAM:
                 is then this one's.
             backward: how to call backward on a loss, ``loss.backward()`` by default. With a gradient scaler:
                 ``lambda loss: scaler.scale(loss).backward()``; with Accelerate: ``accelerator.backward``. It runs in
-                both passes, and parameters outside the model then get the gradients of both.
+                both passes, and parameters outside the model then get the gradients of both, as they do with FSDP2.
 
         Returns:
             The loss at w, detached: a scalar tensor.
@@ -125,7 +128,8 @@ class ASAM:
         Raises:
             TypeError: a closure is not callable or does not return a tensor.
             ValueError: a loss is not a scalar, or there is no closure.
-            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, or the call is nested in another.
+            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, the call is nested in another, or
+                ``backward`` is given and DistributedDataParallel has ``static_graph``.
 
         The weights are w again afterwards, bit for bit, also if a closure raises.
         """
@@ -142,7 +146,7 @@ class ASAM:
             with self._replicas.apart(accumulating=through):
                 loss, names, params, grads = self._climb_through(ascents, backward) if through else self._climb(ascents)
             after = self._random_state() if self.replay_rng else None
-            with perturbed(self._model, self.geometry, names, params, grads, self.rho):
+            with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho):
                 if before is not None:
                     before.restore()
                 try:
@@ -157,7 +161,8 @@ class ASAM:
         """Run a block at w + e, with the ``.grad`` that is there as the ascent gradient.
 
         The gradients of the whole model are cleared on entry, so that the block's own backward pass leaves the
-        gradient at w + e in ``.grad``.
+        gradient at w + e in ``.grad``. Under DistributedDataParallel, the ascent gradient is this process's own if
+        its pass, forward and backward, ran in ``model.no_sync()``.
 
         Raises:
             RuntimeError: no perturbed parameter has a gradient, one is sparse, or the call is nested in another.
@@ -178,11 +183,12 @@ class ASAM:
             names, params, grads = self._present(grads_at_w)
             del grads_at_w
             self._clear_grads()
-            with perturbed(self._model, self.geometry, names, params, grads, self.rho):
+            with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho):
                 yield
 
     def _clear_grads(self) -> None:
         """Set the gradients of the whole model to None."""
+        self._unsharded.let_go()
         for param in self._model.parameters():
             param.grad = None
 
@@ -236,6 +242,7 @@ class ASAM:
         self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None
     ) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
         """The same by a backward pass into ``.grad``, with those of earlier micro-batches set aside for the while."""
+        self._unsharded.let_go()
         everything = list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
         earlier = [param.grad for param in everything]
         for param in everything:

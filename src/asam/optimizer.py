@@ -69,7 +69,8 @@ class SharpnessAwareOptimizer(Optimizer):
                 and at w + e (once, if rho is 0).
 
         Raises:
-            RuntimeError: there is no closure, so that there could be no second pass.
+            RuntimeError: there is no closure, so that there could be no second pass; or DistributedDataParallel has
+                ``static_graph``, which takes no ascent pass of this kind.
         """
         if closure is None:
             raise RuntimeError(

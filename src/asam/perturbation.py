@@ -19,6 +19,7 @@ from .sharding import Unsharded, local
 @contextmanager
 def perturbed(
     model: nn.Module,
+    unsharded: Unsharded,
     geometry: Geometry,
     names: Sequence[str],
     params: Sequence[Tensor],
@@ -32,7 +33,6 @@ def perturbed(
     saved: list[tuple[list[Tensor], list[Tensor]]] = []
     with torch.no_grad():
         buffers = Buffers(model)
-    unsharded = Unsharded(model, params)
     try:
         with torch.no_grad():
             for block in geometry.blocks(names, params, grads, rho):

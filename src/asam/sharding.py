@@ -109,11 +109,11 @@ def _fsdp_modules(model: nn.Module) -> list[Any]:
 class Unsharded:
     """The whole parameters that FSDP2 modules may still hold, and would compute with after the shards have moved."""
 
-    def __init__(self, model: nn.Module, params: Sequence[Tensor]) -> None:
-        self.modules = _fsdp_modules(model) if is_sharded(params) else []
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = _fsdp_modules(model)
 
     def let_go(self) -> None:
-        """Have the shards gathered anew before the next pass."""
+        """Have the shards gathered anew before the next pass, and be the parameters of the modules until then."""
         for module in self.modules:
             module.reshard()
 

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 import math
+import time
 from functools import partial
 
 import pytest
@@ -116,6 +117,7 @@ def test_what_two_shards_keep(tmp_path):
         the_extra_memory_is_one_copy_of_the_shards,
         passes_compute_with_the_weights_of_the_moment,
         passes_after_an_exception_do_too,
+        parameters_are_the_shards,
         mixed_precision,
         what_cannot_work_says_so,
         tensor_parallelism,
@@ -134,7 +136,8 @@ def shards_are_uneven_and_empty(rank):
 
 
 def every_geometry_is_that_of_one_process(rank):
-    for normalization, p, bias in itertools.product(NORMALIZATIONS, [2, math.inf, 3], ["unscaled", "scaled", "fixed"]):
+    balls = [(2, "unscaled"), (2, "scaled"), (2, "fixed"), (math.inf, "scaled"), (3, "fixed"), (1.5, "unscaled")]
+    for normalization, (p, bias) in itertools.product(NORMALIZATIONS, balls):
         make = partial(ASAM, normalization=normalization, p=p, bias=bias)
         assert_like_one_process(rank, make, sharded())
     # nothing of what is perturbed lies in the second process
@@ -256,12 +259,20 @@ def the_extra_memory_is_one_copy_of_the_shards(rank):
     gc.collect()
     gc.freeze()  # the collector lists what is made from here on alone
 
-    def closure():
+    def more():
         storages = {}
         for thing in gc.get_objects():
             if type(thing) in (torch.Tensor, nn.Parameter) and thing.device.type == "cpu":
                 storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        used.append(sum(size for place, size in storages.items() if place not in own))
+        return sum(size for place, size in storages.items() if place not in own)
+
+    def closure():
+        # besides the copy: the loss, and what makes up norms; a thread of gloo may hold its tensors a moment longer
+        limit, tries = (0, shards + 1000)[len(used) % 2], 0
+        while more() > limit and tries < 50:
+            tries += 1
+            time.sleep(0.1)
+        used.append(more())
         return model(inputs).square().mean()
 
     for normalization in ("elementwise", "layerwise"):
@@ -269,7 +280,8 @@ def the_extra_memory_is_one_copy_of_the_shards(rank):
         for _ in range(2):
             asam.backward(closure)
             model.zero_grad()
-        assert shards <= used[-1] - used[-2] <= shards + 1000, (used, shards)
+            assert used[-2] == 0
+            assert shards <= used[-1] <= shards + 1000
 
 
 def passes_compute_with_the_weights_of_the_moment(rank):
@@ -286,6 +298,23 @@ def passes_compute_with_the_weights_of_the_moment(rank):
             moved = loss(model, batch(0, rank))
         assert moved > before
         assert torch.equal(loss(model, batch(0, rank)), before)
+
+
+def parameters_are_the_shards(rank):
+    # a forward pass without a backward pass leaves whole parameters in the modules, in place of the shards
+    def looked_at(model):
+        with torch.no_grad():
+            loss(model, batch(9, rank))
+
+    model, single = sharded(reshard_after_forward=False), network()
+    looked_at(model)
+    assert not hasattr(model.head.weight, "placements") or not hasattr(model.temperature, "placements")
+    asam, reference = (ASAM(m, params=["head.weight", "temperature"]) for m in (model, single))
+    for step in range(2):
+        looked_at(model)
+        asam.backward(lambda step=step: loss(model, batch(step, rank)))
+        reference.backward(lambda step=step: loss(single, whole_batch(step)))
+    assert_near(whole({name: p.grad for name, p in model.named_parameters()}), gradients(single))
 
 
 class Interrupted(Exception):  # noqa: N818
