@@ -57,7 +57,7 @@ def await_file(path, seconds=60):
 
 
 def start(function, *arguments):
-    process = context.Process(target=function, args=arguments)
+    process = context.Process(target=function, args=arguments, daemon=True)
     process.start()
     return process
 
@@ -138,7 +138,12 @@ def dies_in_a_run(url):
     Runs(url, "study").work(planned(5), lambda run: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def test_runs_of_workers_that_were_killed_are_done_again(url, impatient):
+def finishes(url):
+    runs.GRACE = 1
+    Runs(url, "study").work(planned(5), square)
+
+
+def test_runs_of_workers_that_were_killed_are_done_again(url):
     victims = [start(dies_in_a_run, url)]
     victims += [start(dies_after, url, method) for method in ("set_trial_state_values", "set_trial_user_attr")]
     victims += [start(dies_after, url, "record_heartbeat")]
@@ -148,7 +153,9 @@ def test_runs_of_workers_that_were_killed_are_done_again(url, impatient):
     storage = Runs(url, "study")
     assert states(storage).count(TrialState.RUNNING) == 3  # the last one had not claimed its run
     assert storage.outcomes() == {}
-    storage.work(planned(5), square)
+    last = start(finishes, url)
+    last.join(60)
+    assert last.exitcode == 0
     assert storage.outcomes() == {name: square(run) for name, run in planned(5).items()}
     assert states(storage).count(TrialState.COMPLETE) == 5
     assert states(storage).count(TrialState.FAIL) == 3
