@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import InputError
+from .options import with_run_options
 
 INTERRUPTED = 130
 LARGEST = 1e18  # squares of larger numbers leave the range of float32
@@ -185,6 +187,46 @@ def landscape(
 
 
 @app.command()
+@with_run_options
+def train(
+    config: Annotated[Path | None, typer.Option(help="TOML or JSON file with values; options go before.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-train"),
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 500,
+    log: Annotated[Literal["none", "mlflow", "wandb"], typer.Option(help="Log there as well.")] = "none",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as JSON.")] = False,
+    *,
+    options: dict[str, Any],
+) -> None:
+    """Train one network. Killed and started again, it goes on from its checkpoint, to the same numbers on the CPU.
+
+    Writes config.json, metrics.jsonl, tensorboard/ and checkpoints into --out, run.json and run.pt at the end. On
+    several GPUs or machines: torchrun --nproc-per-node 4 -m asam train ..., or accelerate launch.
+    """
+    from . import sessions
+    from .run import as_run, read_run
+
+    values = (read_run(config) if config else {}) | options
+    if values.get("method", "asam") != "sgd" and "rho" not in values:
+        values["rho"] = 0.05 if values.get("method") == "sam" else 0.5
+    run = as_run(values, str(config) if config and not options else "the options")
+    first = os.environ.get("RANK", "0") == "0"
+    if first and not as_json:
+        print(json.dumps(asdict(run)))
+    with _counted(f"{run.method} on {run.dataset}", "steps", shown=first) as progress:
+        outcome = sessions.execute(run, out, checkpoint_every=checkpoint_every, log=log, force=force, progress=progress)
+    if outcome is None:
+        return
+    if as_json:
+        print(json.dumps(_plain(outcome)))
+        return
+    for name, value in outcome.items():
+        if isinstance(value, float):
+            print(f"{name}: {value:.4g}")
+    print(f"Written: {out / 'run.json'}, {out / 'run.pt'}")
+
+
+@app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="A figure or table of the paper; see asam reproduce --help.")],
     quick: Annotated[bool, typer.Option("--quick", help="In miniature, in seconds: shows that it runs.")] = False,
@@ -236,11 +278,15 @@ def _progress(description: str, total: float) -> Iterator[Callable[[float], None
 
 
 @contextmanager
-def _counted(description: str) -> Iterator[Callable[[int, int], None]]:
+def _counted(description: str, unit: str = "runs", *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """The same for runs whose number grows as the study goes on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} runs"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
+    )
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True)) as progress:
+    with Progress(*columns, *times, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task(description, total=1)
         yield lambda done, planned: progress.update(task, completed=done, total=planned)
 

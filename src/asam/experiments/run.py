@@ -57,6 +57,9 @@ class Run:
     scale: float = _said("The initial network's first layer times this, the next divided by it.", 1.0)
     evaluate_every: int = _said("Epochs between evaluations.", 1)
     device: str = _said("cpu, cuda, or auto.", "cpu")
+    parallel: str = _said(
+        "Of several processes: each with a copy of the network, or with a part.", "ddp", "ddp", "fsdp"
+    )
     precision: str = _said("Of the passes, by autocast.", "float32", "float32", "bfloat16", "float16")
 
     @property

@@ -66,11 +66,11 @@ class Classification:
     def __init__(self, run: Run) -> None:
         self._run = run
         data = load(run.dataset, run.data_dir, run.noise, run.seed, run.train_size)
-        cut = {
-            name: Split(split.inputs[: run.test_size], split.labels[: run.test_size])
-            for name, split in (("validation", data.validation), ("test", data.test), ("noisy_test", data.noisy_test))
-        }
-        self.data = replace(data, **cut)
+        size = run.test_size
+        validation, test, noisy = (
+            Split(part.inputs[:size], part.labels[:size]) for part in (data.validation, data.test, data.noisy_test)
+        )
+        self.data = replace(data, validation=validation, test=test, noisy_test=noisy)
         self._n = len(self.data.train.labels)
         self.steps = -(-self._n // run.batch_size)
 
@@ -88,7 +88,7 @@ class Classification:
             inputs = self.data.train.inputs[index]
             if self._run.augment:
                 inputs = augmented(inputs, generator, self.data.flips, self.data.black)
-            yield inputs[rank::world], self.data.train.labels[index][rank::world]
+            yield share(inputs, rank, world), share(self.data.train.labels[index], rank, world)
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy."""
@@ -104,6 +104,11 @@ class Classification:
         """The generalization gap in error and in loss."""
         train, test = (error_and_loss(network, part) for part in (self.data.train, self.data.noisy_test))
         return {"generalization_gap": test[0] - train[0], "loss_gap": test[1] - train[1]}
+
+
+def share(batch: Tensor, rank: int, world: int) -> Tensor:
+    """What one of several processes takes of a batch: at least one example, the first if there are not enough."""
+    return batch[rank::world] if rank < len(batch) else batch[:1]
 
 
 def error_and_loss(network: nn.Module, split: Split) -> tuple[float, float]:

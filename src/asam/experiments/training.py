@@ -15,6 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from .. import ASAM, SAM, norm_parameters, weight_parameters
+from .distributed import (
+    Place,
+    device_of,
+    from_all,
+    load_optimizer_state,
+    load_weights,
+    optimizer_state,
+    spread,
+    weights,
+)
 from .run import Run
 from .tasks import Task, find
 
@@ -31,23 +41,27 @@ def train(
     torch.set_num_threads(1)
     training = Training(run)
     training.advance(epoch_done=epoch_done)
-    return training.outcome(), training.network.state_dict()
+    return training.outcome(), training.weights()
 
 
 class Training:
     """A run in progress."""
 
-    def __init__(self, run: Run, task: Task | None = None) -> None:
+    def __init__(self, run: Run, place: Place | None = None) -> None:
         self.run = run
-        self.task = find(run) if task is None else task
-        self.device = device_of(run)
+        self.task = find(run)
+        self.place = Place(device_of(run)) if place is None else place
+        self.device = self.place.device
         self.network = initial_network(run, self.task).to(self.device)
+        self._called = spread(self.network, run, self.place)
+        if self.place.rank:  # dropout masks of its own
+            torch.manual_seed(run.seed + 2**20 * self.place.rank)
         self.optimizer = _optimizer(run, self.network)
         self.steps = run.epochs * self.task.steps
         factor = partial(_factor, run, self.steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "float16")
-        self.minimizer = _minimizer(run, self.network)
+        self.minimizer = _minimizer(run, self._called)
         self.generator = torch.Generator().manual_seed(run.seed)
         self._epoch_start = self.generator.get_state()
         self.step = 0
@@ -65,7 +79,7 @@ class Training:
             if not begun:
                 self._epoch_start = self.generator.get_state()
             self.generator.set_state(self._epoch_start)
-            for batch in islice(self.task.batches(self.generator, 0, 1), begun, None):
+            for batch in islice(self.task.batches(self.generator, self.place.rank, self.place.world), begun, None):
                 start = time.process_time()
                 self._step(tuple(part.to(self.device) for part in batch))
                 self.seconds += time.process_time() - start
@@ -83,16 +97,20 @@ class Training:
         final = {name: values[-1] for name, values in self.curves.items()} | self.task.final(self.network)
         return final | {"seconds_per_step": self.seconds / self.steps, "curves": self.curves}
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of the whole network, for the first process."""
+        return weights(self.network, self.run, self.place)
+
     def state(self) -> dict[str, Any]:
-        """All that the rest of the run depends on."""
+        """All that the rest of the run depends on, for the first process; all processes must ask for it."""
+        random = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else torch.get_rng_state()
         return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "network": self.weights(),
+            "optimizer": optimizer_state(self.network, self.optimizer, self.run, self.place),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "epoch_start": self._epoch_start,
-            "random": torch.get_rng_state(),
-            "device_random": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+            "random": from_all(random.cpu(), self.place),
             "step": self.step,
             "seconds": self.seconds,
             "curves": self.curves,
@@ -100,14 +118,15 @@ class Training:
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take up the state of :meth:`state`."""
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_weights(self.network, state["network"], self.run, self.place)
+        load_optimizer_state(self.network, self.optimizer, state["optimizer"], self.run, self.place)
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self._epoch_start = state["epoch_start"]
-        torch.set_rng_state(state["random"])
-        if state["device_random"]:
-            torch.cuda.set_rng_state_all(state["device_random"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["random"][self.place.rank], self.device)
+        else:
+            torch.set_rng_state(state["random"][self.place.rank])
         self.step, self.seconds, self.curves = state["step"], state["seconds"], state["curves"]
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
@@ -130,20 +149,13 @@ class Training:
     def _loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         dtype = torch.bfloat16 if self.run.precision == "bfloat16" else torch.float16
         with torch.autocast(self.device.type, dtype, enabled=self.run.precision != "float32"):
-            return self.task.loss(self.network, batch)
+            return self.task.loss(self._called, batch)
 
 
 def initial_network(run: Run, task: Task) -> nn.Module:
     """The network of a run before training."""
     torch.manual_seed(run.seed)
     return task.network()
-
-
-def device_of(run: Run) -> torch.device:
-    """Where a run computes."""
-    if run.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(run.device)
 
 
 def _optimizer(run: Run, network: nn.Module) -> torch.optim.Optimizer:
