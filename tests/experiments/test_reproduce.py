@@ -238,6 +238,27 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_summary(log, tmp_path):
     assert len(performed(log)) <= 7 + 2 * 2  # what the workers had in hand
 
 
+STARTS = """
+import multiprocessing, signal, sys
+
+def blocked():
+    sys.exit(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+if __name__ == "__main__":
+    from asam.experiments.processes import interrupts_held_back
+    process = multiprocessing.get_context("spawn").Process(target=blocked)
+    with interrupts_held_back():
+        process.start()
+    process.join()
+    sys.exit(process.exitcode != 1 or signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+def test_an_interrupt_does_not_reach_a_worker_that_is_starting(tmp_path):
+    (tmp_path / "starts.py").write_text(STARTS)
+    assert subprocess.run([sys.executable, tmp_path / "starts.py"]).returncode == 0
+
+
 def test_a_run_that_fails_ends_the_command_with_the_workers_traceback(asam, log):
     (log / "fail").touch()
     with pytest.raises(RuntimeError, match=r"UnportableError: run \d: asked to fail") as raised:

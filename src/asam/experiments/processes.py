@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
@@ -31,6 +32,7 @@ def end_with_parent() -> None:
 @contextmanager
 def interrupts_held_back() -> Iterator[None]:
     """Ctrl-C waits until the end of the block, and does not reach the processes that are started in it."""
+    resource_tracker.ensure_running()  # the first process would start it, and that unblocks the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
