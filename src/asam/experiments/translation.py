@@ -16,7 +16,7 @@ from . import InputError
 from .parallel_text import BEGIN, END, MOST_UNITS, PAD, Units, encoded, learned_tokenizer, load
 from .run import Run
 
-BUCKET = 32  # batches among which sentences are sorted by length
+BUCKET = 100  # batches among which sentences are sorted by length
 EVALUATION_BATCH = 200
 
 
@@ -63,7 +63,8 @@ class Translation:
 
     def batches(self, generator: torch.Generator, rank: int, world: int) -> Iterator[Units]:
         """Sources and targets, each (sentences, units), of like length. No batch has fewer sentences than asked for."""
-        lengths = torch.tensor([len(target) for _, target in self.data.train])
+        # the target's length, and among equal ones the source's
+        lengths = torch.tensor([(MOST_UNITS + 1) * len(target) + len(source) for source, target in self.data.train])
         order = torch.randperm(len(lengths), generator=generator)
         buckets = torch.split(order, BUCKET * self._run.batch_size)
         by_length = torch.cat([bucket[lengths[bucket].argsort(stable=True)] for bucket in buckets])
