@@ -176,8 +176,8 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         f"Sharpness is what {settings.steps} steps of ascent find on {settings.examples} examples, p = 2, rho "
         f"{settings.rho_none:g} in the fixed ball, {settings.rho_elementwise:g} elementwise, "
         f"{settings.rho_filterwise:g} filterwise, {settings.rho_layerwise:g} layerwise. A change is the ratio of the "
-        "larger to the smaller value, minus 1. So few steps are not the maximum; but where the ball is the same in units of "
-        "the weights, so is each of them.",
+        "larger to the smaller value, minus 1. Few steps are not the maximum; but where the ball is the same in units "
+        "of the weights, so is each of them.",
         f"The interval is the range over networks, not a confidence interval. Below {ROUNDING['float64']:g} (float32: "
         f"{ROUNDING['float32']:g}) counts as the same, above {BROKEN:g} as changed.",
     )
