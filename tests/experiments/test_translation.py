@@ -97,9 +97,10 @@ def test_padding_changes_no_loss(folder, model):
     assert task.loss(network, padded(pairs)).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_what_follows_in_the_target_changes_nothing_before(folder):
+@pytest.mark.parametrize("training", [True, False])
+def test_what_follows_in_the_target_changes_nothing_before(folder, training):
     task = Translation(run(folder))
-    network = task.network().double()
+    network = task.network().double().train(training)
     source, target = padded(task.data.train[:8])
     changed = target.clone()
     changed[:, 3:] = 17
