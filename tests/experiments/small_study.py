@@ -95,9 +95,9 @@ STUDY = Study(
 )
 
 if __name__ in ("__main__", "__mp_main__"):
-    from asam.experiments import runs
+    from asam.experiments import database
 
-    runs.GRACE, runs.HEARTBEAT = 3, 1
+    database.GRACE, database.HEARTBEAT = 3, 1
 
 if __name__ == "__main__":
     from asam.experiments.cli import run as command_line

@@ -21,9 +21,9 @@ psycopg = pytest.importorskip("psycopg")
 WORKER = """
 import sys, time
 from pathlib import Path
-from asam.experiments import runs
+from asam.experiments import database, runs
 import test_postgresql as shared
-runs.GRACE, runs.HEARTBEAT, runs.POLL = 2, 1, 0.1
+database.GRACE, database.HEARTBEAT, runs.POLL = 2, 1, 0.1
 shared.worker(sys.argv[1], Path(sys.argv[2]))
 """
 

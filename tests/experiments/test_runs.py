@@ -13,8 +13,9 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 from sqlalchemy import event
 
-from asam.experiments import InputError, runs
-from asam.experiments.runs import Runs, file_url
+from asam.experiments import InputError, database, runs
+from asam.experiments.database import file_url
+from asam.experiments.runs import Runs
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["asam.experiments.runs"])
@@ -41,7 +42,7 @@ def url(tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     """Whoever is silent for more than a second is dead."""
-    monkeypatch.setattr(runs, "GRACE", 1)
+    monkeypatch.setattr(database, "GRACE", 1)
     monkeypatch.setattr(runs, "POLL", 0.05)
 
 
@@ -139,7 +140,7 @@ def dies_in_a_run(url):
 
 
 def finishes(url):
-    runs.GRACE = 1
+    database.GRACE = 1
     Runs(url, "study").work(planned(5), square)
 
 
@@ -175,7 +176,7 @@ def test_a_run_that_fails_is_raised_and_free_at_once(url, error):
     assert states(storage) == [TrialState.FAIL]
     started = time.monotonic()
     storage.work(planned(1), square)
-    assert time.monotonic() - started < runs.GRACE / 2
+    assert time.monotonic() - started < database.GRACE / 2
     assert storage.outcomes() == {"run-0": {"square": 0}}
 
 
@@ -211,7 +212,7 @@ def test_a_worker_that_slept_too_long_makes_no_second_outcome(url, tmp_path, imp
 
 
 def slow(url, folder):
-    runs.HEARTBEAT = 1
+    database.HEARTBEAT = 1
     storage = Runs(url, "study")
     beat, beats = storage._storage.record_heartbeat, []
 
@@ -231,7 +232,7 @@ def slow(url, folder):
 
 
 def test_a_slow_run_is_not_given_away_though_a_heartbeat_failed(url, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "GRACE", 4)
+    monkeypatch.setattr(database, "GRACE", 4)
     other = start(slow, url, tmp_path)
     await_file(tmp_path / "started")
     storage = Runs(url, "study")

@@ -227,6 +227,49 @@ def train(
 
 
 @app.command()
+def tune(
+    target: Annotated[str, typer.Argument(help="module:function of your own, or a file of values as asam train has.")],
+    like: Annotated[str, typer.Option(help="Start from the rho that worked for this; see below.")] = "anything",
+    trials: Annotated[int, typer.Option(help="Trials of the search.", min=1)] = 20,
+    confirmed: Annotated[int, typer.Option(help="Best trials that are trained again.", min=1)] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds for each of those.", min=1)] = 3,
+    tune_eta: Annotated[bool, typer.Option("--tune-eta", help="Search eta as well.")] = False,
+    tune_bias: Annotated[bool, typer.Option("--tune-bias", help="Search the bias policy as well.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-tune"),
+    storage: Annotated[str | None, typer.Option(help="Database that shares the trials, as in reproduce.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Find rho on validation data, for your own model and data.
+
+    Your function trains once: function(asam, seed, report). asam(model) is the ASAM of the trial, for
+    asam(model).backward(closure); report(validation_error) is called after every epoch, and ends a trial that falls
+    behind. The best trials are trained again from fresh seeds, and these decide.
+
+    --like: cifar10, cifar100, tiny-imagenet, imagenet, vit, vit-strong-augmentation, translation, fine-tuning, or
+    anything.
+    """
+    from . import tuning
+
+    if like not in tuning.STARTS:
+        raise InputError(f"--like must be one of {', '.join(tuning.STARTS)}, got {like}")
+    search = tuning.Search(target, trials, confirmed, seeds, tuning.STARTS[like], tune_eta, tune_bias)
+    tuning.find(target)
+    tuning.claim(search, out, force=force)
+    with _counted(f"tuning {target}", "trials") as progress, _refusals():
+        found = tuning.tune(search, out, storage, workers, progress)
+    if as_json:
+        print(json.dumps(_plain(found)))
+        return
+    console = Console()
+    console.print(tuning.terminal_table(found))
+    best = found["best"]
+    console.print(f"ASAM(model, rho={best['rho']:.3g}, eta={best['eta']:.3g}, bias={best['bias']!r})", highlight=False)
+    console.print(f"Written: {out / 'tune.json'}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="A figure or table of the paper; see asam reproduce --help.")],
     quick: Annotated[bool, typer.Option("--quick", help="In miniature, in seconds: shows that it runs.")] = False,

@@ -20,10 +20,11 @@ import torch
 
 from .. import __version__
 from . import InputError
+from .database import check, file_url
 from .environment import environment
 from .files import claim_folder, write
 from .processes import end, end_with_parent, interrupts_held_back
-from .runs import Runs, check, file_url
+from .runs import Runs
 from .study import Findings, Outcome, Scale, Study
 from .study_page import markdown, page
 

@@ -133,18 +133,12 @@ def _example(folder: Path) -> str:
 
 
 def _call(function: str, examples: int, seed: int) -> Target:
-    """What the user's function returns; modules are looked for in the current folder too."""
-    module_name, _, name = function.partition(":")
-    if not module_name or not name:
-        raise InputError(f"a function is named module:function, got {function!r}")
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    """What the user's function returns."""
     torch.manual_seed(seed)
     try:
         # what the user's code prints is no part of the results
         with redirect_stdout(sys.stderr):
-            made = getattr(importlib.import_module(module_name), name)()
+            made = imported(function)()
             if not (isinstance(made, tuple) and len(made) in (3, 4)):
                 made = None, None, None
             model, loss_fn, data = made[:3]
@@ -157,6 +151,21 @@ def _call(function: str, examples: int, seed: int) -> Target:
     except (Exception, SystemExit) as error:
         raise InputError(f"{function}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     return Target(function, model, loss_fn, batches, held_out)
+
+
+def imported(function: str) -> Any:
+    """The user's ``module:function``; modules are looked for in the current folder too.
+
+    Raises:
+        InputError: it is not named so.
+    """
+    module_name, _, name = function.partition(":")
+    if not module_name or not name:
+        raise InputError(f"a function is named module:function, got {function!r}")
+    folder = str(Path.cwd())
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return getattr(importlib.import_module(module_name), name)
 
 
 def _checkpoint(path: Path) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ rho does well: the ratio of its ends.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log2
 
 import numpy as np
@@ -73,7 +74,7 @@ def window(rhos: Sequence[float], errors: Sequence[float], tolerance: float) -> 
 
     def end(indices: Sequence[int]) -> float:
         inside = log2(rhos[best])
-        for before, after in zip(indices, indices[1:], strict=False):
+        for before, after in pairwise(indices):
             if errors[after] > limit:
                 share = (limit - errors[before]) / (errors[after] - errors[before])
                 return log2(rhos[before]) + share * (log2(rhos[after]) - log2(rhos[before]))

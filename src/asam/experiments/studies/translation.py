@@ -99,7 +99,8 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         "Where several rho are given, the validation loss of another seed chooses. BLEU is sacrebleu's, of greedy "
         "translations; the paper's is not (a beam, and other tokens, are usual for IWSLT'14), so compare differences.",
         "Without a folder of IWSLT'14 the pairs are short ones of LibreOffice's help: formulaic texts, a network of "
-        f"one layer, few epochs. {PAPER}",
+        "one layer, and few epochs; how far twice as many get tells how far the others are from the end of training, "
+        f"where generalization is compared. {PAPER}",
     )
     return Findings(findings, [table], [figure], notes)
 
