@@ -37,9 +37,9 @@ class Settings:
     """A grid of training settings, each a network; and what is measured of every one."""
 
     batch_sizes: tuple[int, ...] = (25, 50, 100, 200)
-    lrs: tuple[float, ...] = (0.02, 0.05, 0.1)
+    lrs: tuple[float, ...] = (0.03, 0.05, 0.08)
     weight_decays: tuple[float, ...] = (0.0, 1e-3, 5e-3)
-    dropouts: tuple[float, ...] = (0.0, 0.2, 0.4)
+    dropouts: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3)
     epochs: int = 60
     dataset: str = "fashion-mnist"
     model: str = "mlp"
