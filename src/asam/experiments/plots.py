@@ -8,12 +8,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from .statistics import mean_sd
 
 matplotlib.use("Agg")
 COLORS = {"SGD": "#64748b", "SAM": "#d97706", "ASAM": "#2563eb"}
-PALETTE = ("#2563eb", "#d97706", "#16a34a", "#db2777", "#7c3aed", "#0891b2", "#64748b", "#ca8a04", "#dc2626", "#0f766e")
+PALETTE = ("#16a34a", "#db2777", "#7c3aed", "#0891b2", "#ca8a04", "#dc2626", "#0f766e", "#9333ea", "#65a30d", "#be185d")
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -72,6 +73,8 @@ def lines(
         if log_x:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+            axes.xaxis.set_minor_formatter("{x:g}")
         axes.set_ylim(0, top)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)

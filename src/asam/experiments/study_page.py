@@ -15,10 +15,10 @@ COLUMNS = ("claim", "quantity", "estimate", "95 % interval", "n", "verdict")
 def page(study: Study, scale: str, settings: Any, findings: Findings, environment: dict[str, str]) -> str:
     """The page, HTML with the plots inside; it loads nothing."""
     body = html.table(COLUMNS, rows(findings.findings))
+    body += "".join(html.figure(figure.title, figure.svg, figure.caption) for figure in findings.figures)
     body += "".join(
         f"<h2>{escape(table.title)}</h2>" + html.table(table.headings, table.rows) for table in findings.tables
     )
-    body += "".join(html.figure(figure.title, figure.svg, figure.caption) for figure in findings.figures)
     if findings.notes:
         body += "<h2>How to read this</h2>" + html.bullets(findings.notes)
     body += f'<p class="small">Settings: <code>{escape(json.dumps(asdict(settings)))}</code></p>'
@@ -28,10 +28,10 @@ def page(study: Study, scale: str, settings: Any, findings: Findings, environmen
 def markdown(study: Study, scale: str, settings: Any, findings: Findings, environment: dict[str, str]) -> str:
     """The findings for a reader of the repository."""
     parts = [f"# {study.title}", _about(study, scale), _markdown_table(COLUMNS, rows(findings.findings))]
-    for table in findings.tables:
-        parts += [f"## {table.title}", _markdown_table(table.headings, table.rows)]
     for figure in findings.figures:
         parts += [f"## {figure.title}", f"![{figure.title}]({figure.name}.svg)", figure.caption]
+    for table in findings.tables:
+        parts += [f"## {table.title}", _markdown_table(table.headings, table.rows)]
     if findings.notes:
         parts += ["## How to read this", "\n".join(f"- {note}" for note in findings.notes)]
     versions = f"asam {environment['asam']}, torch {environment['torch']}, Python {environment['python']}"

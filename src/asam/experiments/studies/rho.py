@@ -129,14 +129,6 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
     table = Table(
         "The best rho, and how much it may be missed", ("method", "best rho", "test error %", "window", ""), rows
     )
-    by_rho = Table(
-        "Test error over rho, %",
-        ("method", "rho: test error"),
-        [
-            (label, "; ".join(f"{rho:g}: {row.mean():.1f}" for rho, row in zip(rhos, errors[label], strict=True)))
-            for label, (_, rhos) in variants.items()
-        ],
-    )
 
     def curve(label: str) -> tuple[Sequence[float], Sequence[Sequence[float]]]:
         rhos = variants[label][1]
@@ -159,7 +151,7 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         f"The window holds every rho whose mean error is within {settings.tolerance:g} points of the best one's, as a "
         "ratio of its ends; intervals: 95 %, bootstrap over seeds.",
     )
-    return Findings(findings, [table, by_rho], figures, notes)
+    return Findings(findings, [table], figures, notes)
 
 
 STUDY = Study(
