@@ -8,7 +8,9 @@ READY := .venv/ready
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-.PHONY: demo test check bench clean
+STUDIES := geometry toy invariance rescaling correlation rho noise images imagenet translation bound bias
+
+.PHONY: demo test check bench reproduce clean
 
 demo: $(READY)  ## SGD, SAM and ASAM on real data, and a page that shows it
 	$(BIN)/asam compare --out demo --force
@@ -24,6 +26,9 @@ check: $(READY)  ## format, lint, types
 
 bench: $(READY)  ## cost per step and memory, beside plain SGD and another implementation
 	$(BIN)/python benchmarks/bench.py
+
+reproduce: $(READY)  ## every study at laptop scale into docs/results, in about an hour on two cores
+	for study in $(STUDIES); do $(BIN)/asam reproduce $$study --out docs/results/$$study --force || exit; done
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
