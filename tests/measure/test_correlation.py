@@ -7,7 +7,8 @@ import pytest
 import torch
 from scipy.stats import kendalltau
 
-from asam.measure import granulated_kendall, kendall
+from asam.measure import granulated_kendall, kendall, kendall_difference
+from asam.measure.draws import generator_of
 
 
 def sign(x):
@@ -130,6 +131,49 @@ def test_spread_with_thirty_models():
     assert taus.std().item() == pytest.approx(0.12, abs=0.015)
 
 
+@pytest.mark.parametrize("levels", [4, 10**6])
+def test_a_difference_is_that_of_the_taus_and_changes_its_sign_with_the_order(levels):
+    generator = torch.Generator().manual_seed(levels)
+    a, b, gap = torch.randint(levels, (3, 15), generator=generator).tolist()
+    value, (low, high) = kendall_difference(a, b, gap)
+    assert value == kendall(a, gap).tau_b - kendall(b, gap).tau_b
+    assert low < value < high
+    other, interval = kendall_difference(b, a, gap)
+    assert other == -value
+    assert interval == pytest.approx((-high, -low), abs=1e-12)  # a quantile's interpolation rounds
+    assert kendall_difference(a, a, gap) == (0.0, (0.0, 0.0))
+
+
+def test_the_interval_of_a_difference_is_that_of_a_bootstrap_by_hand():
+    """The same drawn models for both measures; SciPy ranks them with their copies, which tie."""
+    n, resamples = 10, 300
+    generator = torch.Generator().manual_seed(4)
+    a, b, gap = torch.randint(7, (3, n), generator=generator).tolist()
+    drawn = torch.randint(n, (resamples, n), generator=generator_of(5, 0))
+    differences = []
+    for models in drawn.tolist():
+        taus = [kendalltau([m[i] for i in models], [gap[i] for i in models]).statistic for m in (a, b)]
+        differences.append(taus[0] - taus[1])
+    level = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    expected = torch.tensor(differences, dtype=torch.float64).nanquantile(level).tolist()
+    _, interval = kendall_difference(a, b, gap, confidence=0.8, resamples=resamples, seed=5)
+    assert interval == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_two_measures_share_does_not_widen_their_difference():
+    gap, a = correlated(40, 0.5, 6)
+    b = a + 0.01 * torch.randn(40, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    _, (low, high) = kendall_difference(a, b, gap)
+    alone = kendall(a, gap).interval_b
+    assert high - low < 0.2 * (alone[1] - alone[0])
+
+
+def test_a_difference_to_a_measure_that_is_the_same_everywhere_is_nan():
+    value, interval = kendall_difference([1, 2, 3], [1, 1, 1], [1, 2, 3])
+    assert math.isnan(value)
+    assert all(map(math.isnan, interval))
+
+
 def test_granulated_matches_a_loop():
     measure, gap, hyperparameters = grid()
     found = granulated_kendall(measure, gap, hyperparameters, resamples=50)
@@ -196,6 +240,24 @@ def test_nothing_to_compare(hyperparameters):
 def test_refuses(function, measure, gap, arguments, message):
     with pytest.raises(ValueError, match=message):
         function(measure, gap, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "gap", "arguments", "message"),
+    [
+        ([1, 2, 3], [1, 2], [1, 2], {}, "measure and gap must have the same length, got 3 and 2"),
+        ([1, 2], [1, 2, 3], [1, 2], {}, "measure and gap must have the same length, got 3 and 2"),
+        ([1], [1], [1], {}, "a rank correlation needs at least two models, got 1"),
+        ([1, math.nan], [1, 2], [1, 2], {}, "a must be a sequence of numbers without nan"),
+        ([1, 2], [1, math.nan], [1, 2], {}, "b must be a sequence of numbers without nan"),
+        ([1, 2], [1, 2], [1, math.nan], {}, "gap must be a sequence of numbers without nan"),
+        ([1, 2], [1, 2], [1, 2], {"confidence": 95}, "confidence must be between 0 and 1, got 95"),
+        ([1, 2], [1, 2], [1, 2], {"resamples": 0}, "resamples must be an integer >= 1, got 0"),
+    ],
+)
+def test_a_difference_refuses(a, b, gap, arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        kendall_difference(a, b, gap, **arguments)
 
 
 def test_refuses_values_for_other_models():

@@ -50,6 +50,7 @@ NAMES = [
     "holdout_bound",
     "interpolate",
     "kendall",
+    "kendall_difference",
     "loss_line",
     "loss_plane",
     "normalized_logits",
@@ -100,6 +101,7 @@ SIGNATURES = {
     "holdout_bound": [("errors", REQUIRED), ("n", REQUIRED), ("*delta", 0.05)],
     "interpolate": [("objective", REQUIRED), ("other", REQUIRED), ("*points", 25)],
     "kendall": [("measure", REQUIRED), ("gap", REQUIRED), *BOOTSTRAP],
+    "kendall_difference": [("a", REQUIRED), ("b", REQUIRED), ("gap", REQUIRED), *BOOTSTRAP],
     "loss_line": [("objective", REQUIRED), ("direction", REQUIRED), ("*span", (-1.0, 1.0)), ("*points", 51)],
     "loss_plane": [
         ("objective", REQUIRED),
