@@ -87,7 +87,6 @@ STUDY = Study(
     title="Squares",
     source="No figure",
     settings={"quick": Settings(0.0), "laptop": Settings(0.4)},
-    run=Run,
     plan=plan,
     perform=perform,
     report=report,

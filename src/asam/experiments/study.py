@@ -106,8 +106,8 @@ class Study:
         source: the figure or table.
         settings: frozen dataclasses by scale. Where they have a field ``data_dir`` or ``seeds``, the command line may
             set it.
-        run: the frozen dataclass that tells a run everything; its fields are what JSON can hold.
-        plan: from settings and outcomes so far, every run that can be named by now.
+        plan: from settings and outcomes so far, every run that can be named by now: a frozen dataclass that tells it
+            everything, and whose fields are what JSON can hold.
         perform: a run's outcome, which JSON can hold. It runs in a process of its own with one thread, and so it and
             plan are functions of a module.
         report: settings and all outcomes made into findings.
@@ -118,7 +118,6 @@ class Study:
     title: str
     source: str
     settings: Mapping[Scale, Any]
-    run: type[Any]
     plan: Callable[[Any, Mapping[str, Outcome]], dict[str, Any]]
     perform: Callable[[Any], Outcome]
     report: Callable[[Any, Mapping[str, Outcome]], Findings]

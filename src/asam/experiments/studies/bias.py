@@ -117,7 +117,6 @@ STUDY = Study(
         "quick": Settings(2, 1, 1, rho_sam=(0.2,), rho_asam=(2.0,), rho_norm=(2.0,)),
         "laptop": Settings(),
     },
-    run=Run,
     plan=_plan,
     perform=trained,
     report=_report,

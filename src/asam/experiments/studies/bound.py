@@ -194,7 +194,6 @@ STUDY = Study(
     title="The generalization bound along training",
     source="Theorem 2",
     settings={"quick": Settings(1, (1, 2), steps=2, samples=4), "laptop": Settings()},
-    run=Bounded,
     plan=_plan,
     perform=perform,
     report=_report,

@@ -221,7 +221,6 @@ STUDY = Study(
         ),
         "laptop": Settings(),
     },
-    run=Network,
     plan=_plan,
     perform=perform,
     report=_report,

@@ -224,7 +224,6 @@ STUDY = Study(
     title="The regions in which sharpness is taken",
     source="Figure 1",
     settings={"quick": Settings(pairs=4), "laptop": Settings()},
-    run=Region,
     plan=_plan,
     perform=perform,
     report=_report,

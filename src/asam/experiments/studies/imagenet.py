@@ -132,7 +132,6 @@ STUDY = Study(
             evaluate_every=5,
         ),
     },
-    run=Run,
     plan=_plan,
     perform=trained,
     report=_report,

@@ -134,7 +134,6 @@ STUDY = Study(
             evaluate_every=1,
         ),
     },
-    run=Run,
     plan=_plan,
     perform=trained,
     report=_report,

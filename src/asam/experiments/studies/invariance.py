@@ -189,7 +189,6 @@ STUDY = Study(
     title="Is sharpness the same for all weights of a function?",
     source="Theorem 1",
     settings={"quick": Settings(seeds=1, epochs=1, draws=1, examples=8, steps=1), "laptop": Settings()},
-    run=Network,
     plan=_plan,
     perform=perform,
     report=_report,

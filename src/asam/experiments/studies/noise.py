@@ -172,7 +172,6 @@ STUDY = Study(
             decays=(5e-4, 1e-3, 2e-3),
         ),
     },
-    run=Run,
     plan=_plan,
     perform=trained,
     report=_report,

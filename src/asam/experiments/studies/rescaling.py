@@ -141,7 +141,6 @@ STUDY = Study(
         "quick": Settings(2, 1, 2, scales=(0.5, 1.0, 2.0), rho_sam=(0.2, 0.4), rho_asam=(2.0, 3.0)),
         "laptop": Settings(),
     },
-    run=Run,
     plan=_plan,
     perform=trained,
     report=_report,

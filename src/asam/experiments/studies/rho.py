@@ -162,7 +162,6 @@ STUDY = Study(
         "quick": Settings(2, 2, fixed=(0.1, 3), elementwise=(1.0, 3), filterwise=(0.2, 3), layerwise=(0.02, 3)),
         "laptop": Settings(),
     },
-    run=Run,
     plan=_plan,
     perform=trained,
     report=_report,

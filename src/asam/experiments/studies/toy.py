@@ -14,7 +14,7 @@ import numpy as np
 
 from ..statistics import paired_difference
 from ..study import Findings, Outcome, Study, finding
-from .toy_descent import STARTS, Descent, Settings, name, perform, plan
+from .toy_descent import STARTS, Settings, name, perform, plan
 from .toy_report import figures, notes, tables
 
 ENOUGH = 0.95  # of the starts
@@ -120,7 +120,6 @@ STUDY = Study(
         "quick": Settings(steps=300, side=4, rhos=(0.02, 0.05, 0.5)),
         "laptop": Settings(),
     },
-    run=Descent,
     plan=plan,
     perform=perform,
     report=_report,

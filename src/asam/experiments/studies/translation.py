@@ -165,7 +165,6 @@ STUDY = Study(
         "laptop": Settings(),
         "paper": Settings(**_PAPER_SCALE),
     },
-    run=Run,
     plan=_plan,
     perform=trained,
     report=_report,
