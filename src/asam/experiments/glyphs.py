@@ -17,6 +17,7 @@ import PIL
 from PIL import Image, ImageFont
 
 from . import InputError
+from .caches import cache_folder
 
 CHARACTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 # where Debian's package fonts-aenigma puts the files: 465 display typefaces by one hand
@@ -43,8 +44,7 @@ def glyphs(folder: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         )
     names = "\n".join(f"{file.name} {file.stat().st_size}" for file in files)
     key = hashlib.sha256(f"{VERSION} {PIL.__version__}\n{names}".encode()).hexdigest()[:16]
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "asam"
-    kept = cache_folder / f"glyphs-{key}.npz"
+    kept = cache_folder() / f"glyphs-{key}.npz"
     try:
         with kept.open("rb") as file, np.load(file) as stored:
             return stored["images"], stored["labels"], stored["families"]

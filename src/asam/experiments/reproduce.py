@@ -67,7 +67,7 @@ def configured(study: Study, scale: Scale, **changes: Any) -> Any:
         if value is None:
             continue
         if not hasattr(settings, key):
-            raise InputError(f"{study.name} has no --{key.replace('_', '-')}")
+            raise InputError(f"{study.name} has no --{key.replace('_', '-')}: leave it out")
         settings = replace(settings, **{key: value})
     study.check(settings)
     return settings

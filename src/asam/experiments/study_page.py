@@ -27,13 +27,15 @@ def page(study: Study, scale: str, settings: Any, findings: Findings, environmen
 
 def markdown(study: Study, scale: str, settings: Any, findings: Findings, environment: dict[str, str]) -> str:
     """The findings for a reader of the repository."""
-    parts = [f"# {study.title}", _about(study, scale), _markdown_table(COLUMNS, rows(findings.findings))]
+    about = escape(_about(study, scale), quote=False)
+    parts = [f"# {escape(study.title, quote=False)}", about, _markdown_table(COLUMNS, rows(findings.findings))]
     for figure in findings.figures:
-        parts += [f"## {figure.title}", f"![{figure.title}]({figure.name}.svg)", figure.caption]
+        title, caption = escape(figure.title, quote=False), escape(figure.caption, quote=False)
+        parts += [f"## {title}", f"![{title}]({figure.name}.svg)", caption]
     for table in findings.tables:
-        parts += [f"## {table.title}", _markdown_table(table.headings, table.rows)]
+        parts += [f"## {escape(table.title, quote=False)}", _markdown_table(table.headings, table.rows)]
     if findings.notes:
-        parts += ["## How to read this", "\n".join(f"- {note}" for note in findings.notes)]
+        parts += ["## How to read this", "\n".join(f"- {escape(note, quote=False)}" for note in findings.notes)]
     versions = f"asam {environment['asam']}, torch {environment['torch']}, Python {environment['python']}"
     parts += [
         f"{versions}, {environment['hardware']}, one thread a run. `{environment['command']}`",
@@ -63,4 +65,8 @@ def _about(study: Study, scale: str) -> str:
 
 def _markdown_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---"] * len(headings), *body]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(_markdown_cell, line)) + " |" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    return escape(text, quote=False).replace("|", "\\|")

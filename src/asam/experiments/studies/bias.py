@@ -27,8 +27,8 @@ class Settings:
     tuning_seeds: int = 3
     epochs: int = 30
     noise: float = 0.4
-    rho_sam: tuple[float, ...] = (0.1, 0.15, 0.2, 0.3, 0.4)
-    rho_asam: tuple[float, ...] = (1.0, 1.5, 2.0, 3.0, 4.0)
+    rho_sam: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+    rho_asam: tuple[float, ...] = (1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
     rho_norm: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 

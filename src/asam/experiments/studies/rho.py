@@ -108,13 +108,14 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
     for label in variants:
         if label != "SAM":
             low, high = np.quantile(resampled[label] - resampled["SAM"], (0.025, 0.975))
+            known = settings.seeds > 1  # a single seed has no interval, though its resamples have quantiles
             findings.append(
                 finding(
                     f"{label}: the window of good rho is wider than SAM's",
                     "difference in factors of 2",
                     widths[label] - widths["SAM"],
-                    float(low),
-                    float(high),
+                    float(low) if known else None,
+                    float(high) if known else None,
                     settings.seeds,
                     holds="above",
                 )

@@ -6,6 +6,7 @@ seeds do not overlap; what is reported comes from the confirming seeds alone, at
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf, isnan
 from statistics import fmean
 from typing import Any
 
@@ -58,7 +59,10 @@ class Tuning:
         return runs
 
     def choice(self, group: str, method: Method, outcomes: Mapping[str, Outcome]) -> float | None:
-        """The value with the best mean of the metric over the tuning seeds, None where there is nothing to tune."""
+        """The value with the best mean of the metric over the tuning seeds, None where there is nothing to tune.
+
+        A mean that is nan, because a run diverged, is the worst.
+        """
         if not method.values:
             return None
         if len(method.values) == 1:
@@ -67,7 +71,8 @@ class Tuning:
 
         def mean(value: float) -> float:
             names = [_tuning_name(self.tune_in or group, method, value, i) for i in range(self.tuning_seeds)]
-            return sign * fmean(outcomes[name][self.metric] for name in names)
+            found = sign * fmean(outcomes[name][self.metric] for name in names)
+            return inf if isnan(found) else found
 
         return min(method.values, key=mean)
 
