@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import InputError
+from .files import plain
 from .options import with_run_options
 
 INTERRUPTED = 130
@@ -141,7 +142,7 @@ def measure(
     with _progress(f"measuring {found_target.name}", settings.passes()) as advance, _refusals():
         found = measured(found_target, settings, advance)
     if as_json:
-        print(json.dumps(_plain(found)))
+        print(json.dumps(plain(found)))
         return
     console = Console()
     for line in summary(found):
@@ -218,7 +219,7 @@ def train(
     if outcome is None:
         return
     if as_json:
-        print(json.dumps(_plain(outcome)))
+        print(json.dumps(plain(outcome)))
         return
     for name, value in outcome.items():
         if isinstance(value, float):
@@ -260,7 +261,7 @@ def tune(
     with _counted(f"tuning {target}", "trials") as progress, _refusals():
         found = tuning.tune(search, out, storage, workers, progress)
     if as_json:
-        print(json.dumps(_plain(found)))
+        print(json.dumps(plain(found)))
         return
     console = Console()
     console.print(tuning.terminal_table(found))
@@ -341,17 +342,6 @@ def _refusals() -> Iterator[None]:
         yield
     except (ValueError, TypeError) as error:
         raise InputError(" ".join(str(error).split())) from error
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no nan, which becomes null, and no inf, which becomes a string."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
 
 
 def run() -> int:

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all."""
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,17 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error  # a full disk names no file
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: JSON has no nan, which becomes null, and no inf, which becomes a string."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def read_json(path: Path) -> Any:

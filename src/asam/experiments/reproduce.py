@@ -22,7 +22,7 @@ from .. import __version__
 from . import InputError
 from .database import check, file_url
 from .environment import environment
-from .files import claim_folder, write
+from .files import claim_folder, plain, write
 from .processes import end, end_with_parent, interrupts_held_back
 from .runs import Runs
 from .study import Findings, Outcome, Scale, Study
@@ -217,7 +217,7 @@ def _save(
     where = environment()
     if storage:  # it may hold a password
         where["command"] = where["command"].replace(storage, "URL")
-    write(folder / "results.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    write(folder / "results.jsonl", "".join(json.dumps(plain(record)) + "\n" for record in records))
     files = {**{f"{figure.name}.svg": figure.svg for figure in findings.figures}, **findings.pages}
     for file, text in files.items():
         write(folder / file, text)
@@ -233,4 +233,4 @@ def _save(
         "environment": where,
         "finished": time.strftime("%Y-%m-%d"),
     }
-    write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write(folder / "summary.json", json.dumps(plain(summary), indent=1) + "\n")

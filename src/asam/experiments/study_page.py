@@ -27,15 +27,15 @@ def page(study: Study, scale: str, settings: Any, findings: Findings, environmen
 
 def markdown(study: Study, scale: str, settings: Any, findings: Findings, environment: dict[str, str]) -> str:
     """The findings for a reader of the repository."""
-    about = escape(_about(study, scale), quote=False)
-    parts = [f"# {escape(study.title, quote=False)}", about, _markdown_table(COLUMNS, rows(findings.findings))]
+    about = _literal(_about(study, scale))
+    parts = [f"# {_literal(study.title)}", about, _markdown_table(COLUMNS, rows(findings.findings))]
     for figure in findings.figures:
-        title, caption = escape(figure.title, quote=False), escape(figure.caption, quote=False)
+        title, caption = _literal(figure.title), _literal(figure.caption)
         parts += [f"## {title}", f"![{title}]({figure.name}.svg)", caption]
     for table in findings.tables:
-        parts += [f"## {escape(table.title, quote=False)}", _markdown_table(table.headings, table.rows)]
+        parts += [f"## {_literal(table.title)}", _markdown_table(table.headings, table.rows)]
     if findings.notes:
-        parts += ["## How to read this", "\n".join(f"- {escape(note, quote=False)}" for note in findings.notes)]
+        parts += ["## How to read this", "\n".join(f"- {_literal(note)}" for note in findings.notes)]
     versions = f"asam {environment['asam']}, torch {environment['torch']}, Python {environment['python']}"
     parts += [
         f"{versions}, {environment['hardware']}, one thread a run. `{environment['command']}`",
@@ -69,4 +69,9 @@ def _markdown_table(headings: Sequence[str], body: Sequence[Sequence[str]]) -> s
 
 
 def _markdown_cell(text: str) -> str:
-    return escape(text, quote=False).replace("|", "\\|")
+    return _literal(text).replace("|", "\\|")
+
+
+def _literal(text: str) -> str:
+    """The text in Markdown, where a tag would be one."""
+    return escape(text, quote=False)

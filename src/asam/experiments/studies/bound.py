@@ -151,7 +151,7 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
             limit=1.0,
         ),
         finding(
-            "A certificate that starts from the initial weights says more than guessing, which errs on 90 %, at the end",
+            "At the end a certificate that starts from the initial weights says more than guessing, which errs on 90 %",
             "bound on the error, smallest and largest",
             fmean(last["certificate"]),
             min(last["certificate"]),
