@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .. import plots
 from ..data import load
+from ..models import build
 from ..run import Run
 from ..statistics import paired_difference
 from ..study import Figure, Finding, Findings, Outcome, Study, Table, finding
@@ -149,6 +152,12 @@ def _group(noise: float) -> str:
     return f"noise={noise:g}"
 
 
+def _check(settings: Settings) -> None:
+    load(settings.dataset, settings.data_dir, 0.0, 0)
+    with torch.device("meta"):
+        build(settings.model, (3, 32, 32), 10)
+
+
 STUDY = Study(
     name="noise",
     title="Label noise",
@@ -175,5 +184,5 @@ STUDY = Study(
     plan=_plan,
     perform=trained,
     report=_report,
-    check=lambda settings: load(settings.dataset, settings.data_dir, 0.0, 0),
+    check=_check,
 )
