@@ -38,7 +38,7 @@ def markdown(study: Study, scale: str, settings: Any, findings: Findings, enviro
         parts += ["## How to read this", "\n".join(f"- {_literal(note)}" for note in findings.notes)]
     versions = f"asam {environment['asam']}, torch {environment['torch']}, Python {environment['python']}"
     parts += [
-        f"{versions}, {environment['hardware']}, one thread a run. `{environment['command']}`",
+        f"{versions}, {_literal(environment['hardware'])}, one thread a run. `{environment['command']}`",
         f"Settings: `{json.dumps(asdict(settings))}`",
     ]
     return "\n\n".join(parts) + "\n"

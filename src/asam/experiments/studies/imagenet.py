@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -105,7 +106,9 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
 
 
 def _check(settings: Settings) -> None:
-    ImageFolder(_tuning(settings).groups[GROUP])
+    task = ImageFolder(_tuning(settings).groups[GROUP])
+    with torch.device("meta"):
+        task.network()
 
 
 def _check_paper(settings: Settings) -> None:
