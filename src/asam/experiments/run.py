@@ -82,6 +82,7 @@ class Run:
             if choices and value not in choices:
                 raise InputError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
         limits: dict[str, tuple[bool, str]] = {
+            "seed": (0 <= self.seed < 2**63, "at least 0 and less than 2**63"),
             "rho": (0 <= self.rho < math.inf, "a finite number >= 0"),
             "eta": (0 <= self.eta < math.inf, "a finite number >= 0"),
             "p": (self.p > 1, "a number > 1 or inf"),
@@ -106,7 +107,7 @@ class Run:
             if not holds:
                 raise InputError(f"{name} must be {allowed}, got {getattr(self, name)}")
         if self.method != "sgd" and self.rho == 0:
-            raise InputError(f"{self.method} needs rho > 0")
+            raise InputError(f"{self.method} needs rho > 0, got {self.rho}")
 
 
 def as_run(values: dict[str, Any], source: str) -> Run:
