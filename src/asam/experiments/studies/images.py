@@ -10,7 +10,7 @@ from ..data import load
 from ..models import build
 from ..run import Run
 from ..study import Figure, Findings, Outcome, Study, Table
-from .tuned import Method, Tuning, trained
+from .tuned import Method, Tuning, pair, trained
 
 TWICE = "SGD, twice the epochs"
 NETWORKS = "densenet121 resnet20 resnet56 vgg19-bn resnext29-32x4d wrn28-2 wrn28-10 pyramidnet272"
@@ -88,12 +88,19 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
             svg = plots.dots(errors, "test error (%)", from_zero=False)
             figures.append(Figure(name, f"Test error on {group}", caption, svg))
         tables.append(Table(f"Test error on {part.dataset}, last epoch, %", tuning.headings(), tuning.rows(outcomes)))
+        fits = [
+            (m.label, *(pair(tuning.values(group, m.label, outcomes, "train_error")) for group in tuning.groups))
+            for m in tuning.methods
+        ]
+        headings = ("method", *(f"{group}: training error %" for group in tuning.groups))
+        tables.append(Table(f"Training error on {part.dataset}, last epoch, %", headings, fits))
     notes = (
         "Test error at the last epoch. SGD with twice the epochs has the compute of SAM and ASAM.",
+        "Where the training error is as high as the test error the network underfits, and what "
+        "regularizes it has nothing to gain.",
         "Where several rho are given, validation data of other seeds chooses.",
-        f"Random crops with the convolutional networks, and mirroring where a mirrored image is as "
-        f"good. {PAPER} The paper reports the best test accuracy "
-        "of a run; here it is the last epoch's.",
+        f"Random crops with the convolutional networks, and mirroring where a mirrored image is as good. {PAPER} The "
+        "paper reports the best test accuracy of a run; here it is the last epoch's.",
     )
     return Findings(findings, tables, figures, notes)
 
