@@ -21,6 +21,7 @@ DOUBLING = [1.0, 2.0, 4.0, 8.0, 16.0]
         ([11.0, 10.0, 11.0, 15.0, 20.0], 1.0 + 1.0 + 0.25),  # interpolated from the last that does well
         ([10.5, 30.0, 10.0, 30.0, 10.5], 0.2),  # what does well beyond a gap is no part of it
         ([20.0, 10.0, 20.0, 10.0, 20.0], 0.4),  # of two that are best, the first
+        ([10.0, 12.5, 30.0, 30.0, 30.0], 0.8),  # just beyond the tolerance is beyond
     ],
 )
 def test_window(errors, expected):
