@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ...measure import Geometry, Objective, kendall, kendall_difference, sharpness_profile
+from .. import InputError
 from ..data import load
 from ..run import Run
 from ..study import Finding, Findings, Outcome, Study, finding
@@ -69,12 +70,17 @@ def _networks(settings: Settings) -> list[dict[str, float]]:
     return [dict(zip(names, values, strict=True)) for values in grid]
 
 
+def _place(settings: Settings, changes: Mapping[str, float]) -> list[int]:
+    sides = (settings.batch_sizes, settings.lrs, settings.weight_decays, settings.dropouts)
+    return [side.index(value) for side, value in zip(sides, changes.values(), strict=True)]  # type: ignore[arg-type]
+
+
 def _plan(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, Network]:
     runs = {}
     for i, changes in enumerate(_networks(settings)):
         for part, seed in (("selection", SELECTION_SEED + i), ("reported", i)):
-            if part == "selection" and i % 2:
-                continue  # half as many choose rho
+            if part == "selection" and sum(_place(settings, changes)) % 2:
+                continue  # half as many choose rho, every second one along each side of the grid
             training = Run(
                 "sgd",
                 seed=seed,
@@ -143,6 +149,8 @@ def _ranking(settings: Settings, outcomes: Mapping[str, Outcome], part: str) -> 
     changes = _networks(settings)
     runs = [(changes[int(name.split("/")[1])], outcomes[name]) for name in outcomes if name.startswith(part)]
     fit = [(c, o) for c, o in runs if o["train_error"] <= settings.largest_train_error]
+    if len(fit) < 2:
+        raise InputError(f"{len(fit)} of {len(runs)} networks fit their data: there is nothing to rank")
     return Ranking(
         [o["generalization_gap"] for _, o in fit],
         [o["loss_gap"] for _, o in fit],
