@@ -1,7 +1,6 @@
 """Checkpoints of a run: written whole or not at all, read without running code, refused if they are another run's."""
 
 import io
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,24 @@ def save_tensors(path: Path, value: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-def load(path: Path, run: Run) -> dict[str, Any]:
+def load(path: Path, run: Run, processes: int) -> dict[str, Any]:
     """The state of the run.
 
     Raises:
-        InputError: the file cannot be read, is no checkpoint, or that of another run.
+        InputError: the file is no checkpoint, or that of another run or of another number of processes.
     """
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        of, state = found["run"], found["state"]
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:100]
+        of, state = dict(found["run"]), dict(found["state"])
+        generators = len(state["random"])
+    except OSError:
+        raise
+    except Exception as error:  # what a broken file raises depends on where it breaks
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise InputError(f"{path} is not a checkpoint of a run ({reason}): start again with --force") from None
     if of != asdict(run):
         differs = sorted(key for key in of.keys() | asdict(run).keys() if of.get(key) != asdict(run).get(key))
         raise InputError(f"{path} is of another run ({', '.join(differs)}): choose another --out, or --force")
-    return dict(state)
+    if generators != processes:
+        raise InputError(f"{path} is of {generators} processes, not {processes}: start as many, or again with --force")
+    return state

@@ -210,7 +210,7 @@ def train(
     values = (read_run(config) if config else {}) | options
     if values.get("method", "asam") != "sgd" and "rho" not in values:
         values["rho"] = 0.05 if values.get("method") == "sam" else 0.5
-    run = as_run(values, str(config) if config and not options else "the options")
+    run = as_run(values, str(config) if config else "the options")
     first = os.environ.get("RANK", "0") == "0"
     if first and not as_json:
         print(json.dumps(asdict(run)))

@@ -6,6 +6,8 @@ whole batch. What is saved does not depend on either.
 """
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import InputError
 from .run import Run
 
+LAST_WORDS = 2  # seconds; torchrun ends all processes as soon as one has ended badly
 FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -44,17 +47,38 @@ def joined(run: Run) -> Iterator[Place]:
     if world == 1:
         yield Place(device_of(run))
         return
-    if run.batch_size % world:
-        raise InputError(f"batch_size must be a multiple of the {world} processes, got {run.batch_size}")
     device = device_of(run)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield Place(device, dist.get_rank(), world)
+        place = Place(device, dist.get_rank(), world)
+        with agreed(place):
+            if run.batch_size % world:
+                raise InputError(f"batch_size must be a multiple of the {world} processes, got {run.batch_size}")
+        yield place
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def agreed(place: Place) -> Iterator[None]:
+    """What one of the processes refuses in the block, all do: the first says why, the others leave with its exit code.
+
+    Without this they would wait for it, or end with errors of their own about its silence.
+    """
+    refusal: InputError | OSError | None = None
+    try:
+        yield
+    except (InputError, OSError) as error:
+        refusal = error
+    refused = from_all(refusal is not None, place)
+    if refusal is not None and refused.index(True) == place.rank:
+        raise refusal
+    if any(refused):
+        time.sleep(LAST_WORDS)
+        sys.exit(2)
 
 
 def device_of(run: Run) -> torch.device:
@@ -65,12 +89,15 @@ def device_of(run: Run) -> torch.device:
     """
     if run.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if run.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("device cuda: there is no GPU that this torch can use")
     try:
-        return torch.device(run.device)
+        device = torch.device(run.device)
     except RuntimeError:
-        raise InputError(f"device must be cpu, cuda or auto, got {run.device}") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"device must be cpu, cuda or auto, got {run.device!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {run.device}: there is no such GPU that this torch can use")
+    return device
 
 
 def spread(network: nn.Module, run: Run, place: Place) -> nn.Module:

@@ -65,7 +65,8 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: choose another --out")
-    if folder.is_dir() and any(folder.iterdir()):
+    begun = f"{path.name}.part"  # killed while it claimed the folder
+    if folder.is_dir() and any(file.name != begun for file in folder.iterdir()):
         if force:
             # config.json last: killed in between, the folder is still one of ours
             found = [

@@ -6,6 +6,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ import torch
 from .. import __version__
 from . import logs
 from .checkpoints import load, save, save_tensors
-from .distributed import from_all, joined
+from .distributed import agreed, joined
 from .environment import environment
-from .files import claim_folder, write
+from .files import claim_folder, plain, write
 from .run import Run
 from .training import Training
 
@@ -27,7 +28,8 @@ SEVERAL_THREADS = 10**6  # parameters from which more than one thread pays
 
 def claim(run: Run, folder: Path, *, force: bool) -> None:
     """Make the folder ready: new, or of the same run and unfinished."""
-    ours = ("run.pt", CHECKPOINT, "metrics.jsonl", "tensorboard/*")
+    files = ("run.pt", CHECKPOINT, "metrics.jsonl")
+    ours = (*files, *(f"{name}.part" for name in (*files, "run.json")), "tensorboard/*")
     claim_folder(folder, {"asam": __version__, "run": asdict(run)}, last="run.json", ours=ours, force=force)
 
 
@@ -45,37 +47,41 @@ def execute(
     Raises:
         InputError: the folder holds something else, a checkpoint of another run, or what cannot be read.
     """
-    with joined(run) as place:
-        first = place.rank == 0
-        training = Training(run, place)  # refuses what cannot run before the folder is touched
-        if first:
-            claim(run, folder, force=force)
-        from_all(None, place)  # the others wait for the folder
+    with joined(run) as place, ExitStack() as logging:
+        first, checkpoint = place.rank == 0, folder / CHECKPOINT
+        with agreed(place):  # what cannot run is refused before the folder is touched
+            training = Training(run, place)
+            if first and log != "none":
+                logs.library(log)
+        with agreed(place):
+            if first:
+                claim(run, folder, force=force)
+        with agreed(place):
+            state = load(checkpoint, run, place.world) if checkpoint.exists() else None
+        if state is not None:
+            training.load_state(state)
         if sum(param.numel() for param in training.network.parameters()) < SEVERAL_THREADS:
             torch.set_num_threads(1)
-        checkpoint = folder / CHECKPOINT
-        if checkpoint.exists():
-            training.load_state(load(checkpoint, run))
         sinks = []
         if first:
-            epoch = training.step // training.task.steps
-            sinks = [
-                logs.lines(folder / "metrics.jsonl", training.curves, run.evaluate_every),
-                logs.tensorboard(folder / "tensorboard", epoch),
-            ]
+            before = logs.kept(training.curves, run)
+            sinks.append(logs.lines(folder / "metrics.jsonl", before))
+            sinks.append(logging.enter_context(logs.tensorboard(folder / "tensorboard", before)))
             if log != "none":
-                sinks.append(logs.service(log, folder, asdict(run)))
+                sinks.append(logging.enter_context(logs.service(log, folder, asdict(run))))
 
         def epoch_done(epoch: int, metrics: dict[str, float]) -> None:
-            for sink in sinks:
-                sink(epoch, metrics)
+            with agreed(place):
+                for sink in sinks:
+                    sink(epoch, metrics)
 
         def step_done() -> None:
             progress(training.step, training.steps)
             if training.step % checkpoint_every == 0:
                 state = training.state()
-                if first:
-                    save(checkpoint, run, state)
+                with agreed(place):
+                    if first:
+                        save(checkpoint, run, state)
 
         progress(training.step, training.steps)
         training.advance(epoch_done, step_done)
@@ -83,7 +89,8 @@ def execute(
         if not first:
             return None
         save_tensors(folder / "run.pt", weights)
-        result = {"run": asdict(run), "outcome": outcome, "processes": place.world, "environment": environment()}
+        result = {"run": asdict(run), "outcome": plain(outcome), "processes": place.world, "environment": environment()}
         write(folder / "run.json", json.dumps(result, indent=1) + "\n")
-        checkpoint.unlink(missing_ok=True)
+        for file in folder.glob(f"{CHECKPOINT}*"):  # one that was being written when the run was killed, too
+            file.unlink(missing_ok=True)
         return outcome

@@ -129,7 +129,8 @@ def _normalized_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Te
 
 def _example(folder: Path) -> str:
     runs = folder / "runs" if (folder / "runs").is_dir() else folder
-    return str(next((file.with_suffix("") for file in sorted(runs.glob("*.json"))), folder / "runs" / "asam-x1-seed0"))
+    files = (file for file in sorted(runs.glob("*.json")) if file.name != "config.json")
+    return str(next((file.with_suffix("") for file in files), folder / "runs" / "asam-x1-seed0"))
 
 
 def _call(function: str, examples: int, seed: int) -> Target:

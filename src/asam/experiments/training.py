@@ -117,7 +117,7 @@ class Training:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up the state of :meth:`state`."""
+        """Take up the state of :meth:`state`, of as many processes."""
         load_weights(self.network, state["network"], self.run, self.place)
         load_optimizer_state(self.network, self.optimizer, state["optimizer"], self.run, self.place)
         self.scheduler.load_state_dict(state["scheduler"])
