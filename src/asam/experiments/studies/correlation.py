@@ -72,7 +72,7 @@ def _networks(settings: Settings) -> list[dict[str, float]]:
 
 def _place(settings: Settings, changes: Mapping[str, float]) -> list[int]:
     sides = (settings.batch_sizes, settings.lrs, settings.weight_decays, settings.dropouts)
-    return [side.index(value) for side, value in zip(sides, changes.values(), strict=True)]  # type: ignore[arg-type]
+    return [side.index(value) for side, value in zip(sides, changes.values(), strict=True)]
 
 
 def _plan(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, Network]:
