@@ -28,7 +28,10 @@ bench: $(READY)  ## cost per step and memory, beside plain SGD and another imple
 	$(BIN)/python benchmarks/bench.py
 
 reproduce: $(READY)  ## every study at laptop scale into docs/results, in about an hour on two cores
-	for study in $(STUDIES); do $(BIN)/asam reproduce $$study --out docs/results/$$study --force || exit; done
+	for study in $(STUDIES); do \
+	  [ -e docs/results/$$study/runs.sqlite3 ] && force= || force=--force; \
+	  $(BIN)/asam reproduce $$study --out docs/results/$$study $$force || exit; \
+	done
 
 clean:
 	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache

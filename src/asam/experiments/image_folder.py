@@ -78,7 +78,9 @@ class ImageFolder:
         seeds = torch.randint(2**62, (n,), generator=generator).tolist() if self._run.augment else [None] * n
         keys = list(zip(order, seeds, strict=True))
         size = self._run.batch_size
-        return _decoded(self._train, [keys[start : start + size][rank::world] for start in range(0, n, size)])
+        batches = [keys[start : start + size] for start in range(0, n, size)]
+        # at least one, where a last batch does not go round
+        return _decoded(self._train, [batch[rank::world] or batch[:1] for batch in batches])
 
     def loss(self, network: nn.Module, batch: Batch) -> Tensor:
         """Mean cross-entropy."""

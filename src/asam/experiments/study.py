@@ -17,7 +17,9 @@ Outcome = dict[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what became of it: the quantity it is about, its 95 % interval where there is one, the verdict.
+    """A claim and what became of it: the quantity it is about, its interval where there is one, the verdict.
+
+    The interval is a 95 % interval, or where a study says so the range over all runs.
 
     ``n`` counts what the interval is taken over: seeds, networks, starting points.
     """

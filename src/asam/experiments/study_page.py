@@ -9,7 +9,7 @@ from typing import Any
 from . import html
 from .study import Finding, Findings, Study
 
-COLUMNS = ("claim", "quantity", "estimate", "95 % interval", "n", "verdict")
+COLUMNS = ("claim", "quantity", "estimate", "interval", "n", "verdict")
 
 
 def page(study: Study, scale: str, settings: Any, findings: Findings, environment: dict[str, str]) -> str:

@@ -145,11 +145,10 @@ def test_what_is_reported_is_of_the_confirming_runs():
     _, done = everything(study, lambda name, run: 50.0 - run.rho if "tuning" in name else 20.0 + run.seed + run.rho)
     assert study.values("clean", "ASAM", done) == [78.0, 77.0, 76.0]
     assert study.values("clean", "ASAM", done, "validation_error") == [22.0, 23.0, 24.0]
-    difference = study.difference("clean", "ASAM", "SGD", done)
-    assert (difference.mean, difference.wins, difference.n) == (-2.0, 3, 3)
     better, worse = (study.finding("clean", *pair, done, " here") for pair in (("ASAM", "SGD"), ("SGD", "ASAM")))
     assert (better.verdict, worse.verdict) == (REPRODUCES, CONTRADICTED)
     assert better.claim == "ASAM has a lower test error than SGD here"
+    assert (better.estimate, better.n) == (-2.0, 3)
     assert better.quantity == "difference in points, better on 3 of 3 seeds"
     assert study.headings() == ("method", "clean: test error %", "chosen", "noisy: test error %", "chosen")
     assert study.rows(done) == [

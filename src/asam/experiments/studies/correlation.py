@@ -189,8 +189,10 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         f"The gap is test error minus training error. Sharpness is taken on {settings.examples} training examples; "
         f"with p = inf the neighborhood is rho / sqrt(k) in every weight, k the number of weights; adaptive: eta = 0, "
         "biases scaled.",
-        "psi compares networks that differ in one hyper-parameter only, Psi is the mean of the four. Intervals: 95 %, "
-        "bootstrap over networks.",
+        "Every network has a seed of its own, for its data and its weights. rho is chosen by the gap of other networks "
+        "on the same official test images.",
+        "psi compares networks that differ in one hyper-parameter and in their seeds only, Psi is their mean. "
+        "Intervals: 95 %, bootstrap over networks.",
         PAPER,
     )
     rhos = {name: settings.rhos if name.startswith("sharpness") else settings.adaptive_rhos for name in chosen}

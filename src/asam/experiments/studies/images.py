@@ -10,7 +10,7 @@ from ..data import load
 from ..models import build
 from ..run import Run
 from ..study import Figure, Findings, Outcome, Study, Table
-from .tuned import Method, Tuning, pair, trained
+from .tuned import SPLITS, Method, Tuning, pair, trained
 
 TWICE = "SGD, twice the epochs"
 NETWORKS = "densenet121 resnet20 resnet56 vgg19-bn resnext29-32x4d wrn28-2 wrn28-10 pyramidnet272"
@@ -95,6 +95,7 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         headings = ("method", *(f"{group}: training error %" for group in tuning.groups))
         tables.append(Table(f"Training error on {part.dataset}, last epoch, %", headings, fits))
     notes = (
+        SPLITS,
         "Test error at the last epoch. SGD with twice the epochs has the compute of SAM and ASAM.",
         "Where the training error is as high as the test error the network underfits, and what "
         "regularizes it has nothing to gain.",

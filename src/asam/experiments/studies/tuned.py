@@ -1,4 +1,4 @@
-"""Methods compared fairly: each tunes one number on validation data, and fresh seeds tell how good the choice is.
+"""Methods compared fairly: what is tuned is tuned on validation data, and fresh seeds tell how good the choice is.
 
 A group is a setting in which all methods are compared (a level of noise, a data set). Tuning seeds and confirming
 seeds do not overlap; what is reported comes from the confirming seeds alone, at the last epoch.
@@ -11,11 +11,16 @@ from statistics import fmean
 from typing import Any
 
 from ..run import Run
-from ..statistics import Difference, mean_sd, paired_difference
+from ..statistics import mean_sd, paired_difference
 from ..study import Finding, Outcome, finding
 from ..training import train
 
 FIRST_TUNING_SEED = 1000
+SPLITS = (
+    "A seed draws the split too, so validation data of a tuning seed can be test data of a reported one: what is "
+    "chosen there is one number. Intervals are over seeds, which share data; they tell how sure the order of the "
+    "methods is on this data set."
+)
 
 
 @dataclass(frozen=True)
@@ -76,22 +81,24 @@ class Tuning:
 
         return min(method.values, key=mean)
 
+    def chosen(self, group: str, method: Method, outcomes: Mapping[str, Outcome]) -> str:
+        """The choice as text, and whether it is at the edge of what was tried."""
+        value = self.choice(group, method, outcomes)
+        if value is None:
+            return ""
+        edge = len(method.values) > 1 and value in (min(method.values), max(method.values))
+        return f"{value:g}{' (edge)' if edge else ''}"
+
     def values(
         self, group: str, label: str, outcomes: Mapping[str, Outcome], metric: str = "test_error"
     ) -> list[float]:
         """A metric by confirming seed."""
         return [outcomes[f"{group}/{label}/seed{seed}"][metric] for seed in range(self.seeds)]
 
-    def difference(self, group: str, a: str, b: str, outcomes: Mapping[str, Outcome]) -> Difference:
-        """Test error of a minus that of b, paired by seed."""
-        return paired_difference(self.values(group, a, outcomes), self.values(group, b, outcomes))
-
     def finding(self, group: str, a: str, b: str, outcomes: Mapping[str, Outcome], where: str) -> Finding:
         """The claim that a has the lower test error."""
-        found = self.difference(group, a, b, outcomes)
-        claim = f"{a} has a lower test error than {b}{where}"
-        quantity = f"difference in points, better on {found.wins} of {found.n} seeds"
-        return finding(claim, quantity, found.mean, found.low, found.high, found.n, holds="below")
+        values = (self.values(group, label, outcomes) for label in (a, b))
+        return lower(f"{a} has a lower test error than {b}{where}", *values)
 
     def rows(self, outcomes: Mapping[str, Outcome]) -> list[tuple[str, ...]]:
         """A row a method: what was chosen and the test error in every group."""
@@ -103,7 +110,7 @@ class Tuning:
                     for group in self.groups
                     for cell in (
                         pair(self.values(group, method.label, outcomes)),
-                        _shown(self.choice(group, method, outcomes)),
+                        self.chosen(group, method, outcomes),
                     )
                 ),
             )
@@ -125,6 +132,13 @@ class Tuning:
         return run if method.tunes is None else run.but(**{method.tunes: value})
 
 
+def lower(claim: str, a: Sequence[float], b: Sequence[float]) -> Finding:
+    """The claim that a is lower than b, by the mean difference over seeds."""
+    found = paired_difference(a, b)
+    quantity = f"difference in points, better on {found.wins} of {found.n} seeds"
+    return finding(claim, quantity, found.mean, found.low, found.high, found.n, holds="below")
+
+
 def trained(run: Run) -> Outcome:
     """The outcome of a run."""
     return train(run)[0]
@@ -138,7 +152,3 @@ def pair(values: Sequence[float], digits: int = 1) -> str:
 
 def _tuning_name(group: str, method: Method, value: float, i: int) -> str:
     return f"{group}/{method.label}/{method.tunes}={value:g}/tuning{i}"
-
-
-def _shown(value: float | None) -> str:
-    return "" if value is None else f"{value:g}"
