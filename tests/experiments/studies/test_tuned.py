@@ -154,5 +154,5 @@ def test_what_is_reported_is_of_the_confirming_runs():
     assert study.rows(done) == [
         ("SGD", *(("79.0 ± 1.0", "") * 2)),
         ("SAM", *(("79.0 ± 1.0", "0.05") * 2)),
-        ("ASAM", *(("77.0 ± 1.0", "2") * 2)),
+        ("ASAM", *(("77.0 ± 1.0", "2 (edge)") * 2)),
     ]
