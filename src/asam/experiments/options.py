@@ -34,6 +34,6 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 def _option(item: Any) -> Any:
     choices = item.metadata["choices"]
     kind = Literal[choices] if choices else item.type
-    shown = "" if item.default is None else f" (default: {item.default})"
+    shown = f" (default: {item.default})" if item.default else ""  # 0 is off
     help_text = typer.Option(help=item.metadata["help"] + shown, show_default=False)
     return Annotated[kind | None if not choices else kind, help_text]

@@ -20,7 +20,7 @@ class Run:
 
     method: str = _said("sgd: the plain gradient of the base optimizer; sam; asam.", "asam", "sgd", "sam", "asam")
     seed: int = _said("Fixes split, noisy labels, initial weights, batches and dropout.", 0)
-    rho: float = _said("Neighborhood size.", 0.0)
+    rho: float = _said("Neighborhood size; 0.5 if it is not given to asam train, for SAM 0.05.", 0.0)
     eta: float = _said("Stabilizer of T_w.", 0.01)
     normalization: str = _said("T_w of ASAM.", "elementwise", "elementwise", "filterwise", "layerwise", "none")
     p: float = _said("The norm of the ball, inf included.", 2.0)
