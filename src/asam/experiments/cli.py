@@ -251,14 +251,15 @@ def tune(
     --like: cifar10, cifar100, tiny-imagenet, imagenet, vit, vit-strong-augmentation, translation, fine-tuning, or
     anything.
     """
-    from . import tuning
+    from . import trainings, tuning
+    from .search import STARTS, Search
 
-    if like not in tuning.STARTS:
-        raise InputError(f"--like must be one of {', '.join(tuning.STARTS)}, got {like}")
-    search = tuning.Search(target, trials, confirmed, seeds, tuning.STARTS[like], tune_eta, tune_bias)
-    tuning.find(target)
-    tuning.claim(search, out, force=force)
-    with _counted(f"tuning {target}", "trials") as progress, _refusals():
+    if like not in STARTS:
+        raise InputError(f"--like must be one of {', '.join(STARTS)}, got {like}")
+    run = trainings.read(target)
+    search = Search(target, trials, confirmed, seeds, STARTS[like], tune_eta, tune_bias, run)
+    tuning.claim(search, out, storage, force=force)
+    with _counted(f"tuning {target}", "trials") as progress:
         found = tuning.tune(search, out, storage, workers, progress)
     if as_json:
         print(json.dumps(plain(found)))

@@ -3,18 +3,12 @@
 import hashlib
 import importlib
 import json
-import multiprocessing
-import pickle
-import signal
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -23,10 +17,10 @@ from . import InputError
 from .database import check, file_url
 from .environment import environment
 from .files import claim_folder, plain, write
-from .processes import end, end_with_parent, interrupts_held_back
 from .runs import Runs
 from .study import Findings, Outcome, Scale, Study
 from .study_page import markdown, page
+from .workers import work_together
 
 STUDIES = (
     "geometry",
@@ -85,7 +79,8 @@ def reproduce(
         if workers == 1:
             _work(study.plan, study.perform, settings, runs, progress)
         else:
-            _work_together(study, settings, runs, url, name, workers, progress)
+            arguments = (study.plan, study.perform, settings, url, name)
+            work_together(_worker, arguments, workers, lambda: _counted(study, settings, runs, progress))
         outcomes, records = runs.outcomes(), runs.records()
     finally:
         runs.close()
@@ -141,67 +136,16 @@ def _work(
         runs.work(planned, perform, done)
 
 
-def _work_together(
-    study: Study, settings: Any, runs: Runs, url: str, name: str, workers: int, progress: Progress
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    processes: dict[Any, Connection] = {}
-    try:
-        for _ in range(workers):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_worker, args=(study.plan, study.perform, settings, url, name, theirs))
-            with interrupts_held_back():
-                process.start()
-                processes[process] = ours
-            theirs.close()
-        outcomes, planned = _counted(study, settings, runs, progress)
-        while alive := [process.sentinel for process in processes if process.is_alive()]:
-            wait(alive, timeout=0.5)
-            _raise_first(processes.values())
-            outcomes, planned = _counted(study, settings, runs, progress)
-        _raise_first(processes.values())
-    finally:
-        end(list(processes))
-    if not planned.keys() <= outcomes.keys():
-        raise InputError("the worker processes were killed (out of memory?): the same command goes on")
+def _worker(plan: Plan, perform: Perform, settings: Any, url: str, name: str) -> None:
+    _work(plan, perform, settings, Runs(url, name))
 
 
-def _counted(study: Study, settings: Any, runs: Runs, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+def _counted(study: Study, settings: Any, runs: Runs, progress: Progress) -> bool:
+    """Whether all runs are done."""
     outcomes = runs.outcomes()
     planned = study.plan(settings, outcomes)
     progress(len(planned.keys() & outcomes.keys()), len(planned))
-    return outcomes, planned
-
-
-def _raise_first(connections: Iterable[Connection]) -> None:
-    for connection in connections:
-        with suppress(EOFError):
-            if connection.poll():
-                raise connection.recv()
-
-
-def _worker(plan: Plan, perform: Perform, settings: Any, url: str, name: str, connection: Connection) -> None:
-    signal.signal(signal.SIGTERM, _put_down)
-    end_with_parent()
-    try:
-        _work(plan, perform, settings, Runs(url, name))
-    except Exception as error:
-        connection.send(_portable(error))
-
-
-def _put_down(*_: Any) -> NoReturn:
-    """Leave the run that is being performed to others, at once."""
-    sys.exit(1)
-
-
-def _portable(error: Exception) -> Exception:
-    """The error with its traceback as a note, or another with its text where it cannot go to another process."""
-    try:
-        copy: Exception = pickle.loads(pickle.dumps(error))
-    except Exception:
-        copy = RuntimeError(f"{type(error).__name__}: {error}")
-    copy.add_note("".join(traceback.format_exception(error)))
-    return copy
+    return planned.keys() <= outcomes.keys()
 
 
 def _save(

@@ -60,7 +60,7 @@ class Runs:
         ]
 
     def work(
-        self, runs: Mapping[str, Any], perform: Callable[[Any], Any], done: Callable[[], None] = lambda: None
+        self, runs: Mapping[str, Any], perform: Callable[[Any], Any], done: Callable[[], object] = lambda: None
     ) -> None:
         """Do the runs that nobody does, until all of them are done; ``done`` is called after each of one's own."""
         names = list(runs)
@@ -75,7 +75,7 @@ class Runs:
         self._storage.engine.dispose()
 
     def _look_and_work(
-        self, names: list[str], runs: Mapping[str, Any], perform: Callable[[Any], Any], done: Callable[[], None]
+        self, names: list[str], runs: Mapping[str, Any], perform: Callable[[Any], Any], done: Callable[[], object]
     ) -> bool:
         """Do what one look at the database shows to be free; whether all was done already."""
         with experimental():
