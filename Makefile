@@ -10,7 +10,7 @@ export MKL_NUM_THREADS := 1
 
 STUDIES := geometry toy invariance rescaling correlation rho noise images imagenet translation bound bias
 
-.PHONY: demo test check bench reproduce clean
+.PHONY: demo test test-slow check bench reproduce clean
 
 demo: $(READY)  ## SGD, SAM and ASAM on real data, and a page that shows it
 	$(BIN)/asam compare --out demo --force
@@ -18,6 +18,9 @@ demo: $(READY)  ## SGD, SAM and ASAM on real data, and a page that shows it
 
 test: $(READY)  ## the test suite
 	$(BIN)/pytest -n 2 -m "not slow"
+
+test-slow: $(READY)  ## what takes longer than a few seconds each
+	$(BIN)/pytest -n 2 -m slow
 
 check: $(READY)  ## format, lint, types
 	$(BIN)/ruff format --check .

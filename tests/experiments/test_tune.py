@@ -207,6 +207,7 @@ def test_a_run_of_a_file(tune, tmp_path):
     assert "out holds another configuration" in done.said[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1001], ids=["search", "confirming"])
 def test_killed_and_started_again_it_repeats_nothing_that_was_done(tune, tmp_path, monkeypatch, seed):
     monkeypatch.setattr("asam.experiments.database.GRACE", 3)
@@ -236,6 +237,7 @@ def test_two_workers(tune, tmp_path):
     assert len(confirmed(tmp_path)) == 9
 
 
+@pytest.mark.slow
 def test_two_commands_share_a_storage_whose_url_is_not_written(tune, tmp_path):
     url = f"sqlite:///{tmp_path / 'shared.sqlite3'}"
     arguments = ["own:slow", "--trials", 10, "--confirmed", 2, "--seeds", 2, "--storage", url]
@@ -304,7 +306,7 @@ def test_an_error_names_the_users_line(tune, tmp_path):
     assert tune("own:raises").said[0].endswith(f"({tmp_path / 'own.py'}, line {line})")
 
 
-@pytest.mark.parametrize("function", ["raises", "unportable"])
+@pytest.mark.parametrize("function", ["raises", pytest.param("unportable", marks=pytest.mark.slow)])
 def test_an_error_in_a_worker_is_one_line_too(tune, function):
     done = tune(f"own:{function}", "--workers", 2)
     assert done.code == 2
