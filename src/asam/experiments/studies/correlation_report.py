@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullFormatter
 
 from ...measure import granulated_kendall, kendall
 from .. import plots
@@ -32,7 +33,8 @@ def table_one(ranking: Ranking, chosen: Mapping[str, int], rhos: Mapping[str, Se
             ]
         except ValueError:  # no two networks differ in one hyper-parameter only
             fine = ["-"] * (len(names) + 1)
-        rows.append((measure, f"{rhos[measure][index]:g}", _interval(tau.tau_b, tau.interval_b), *fine))
+        edge = " (edge)" if index in (0, len(rhos[measure]) - 1) else ""
+        rows.append((measure, f"{rhos[measure][index]:g}{edge}", _interval(tau.tau_b, tau.interval_b), *fine))
     headings = ("measure", "rho", "tau", *(f"psi, {NAMES[name]}" for name in names), "Psi")
     return Table("Rank correlation with the generalization gap", headings, rows)
 
@@ -69,7 +71,9 @@ def figures(ranking: Ranking, chosen: Mapping[str, int], rhos: Mapping[str, Sequ
             tau = kendall(list(values), ranking.gaps)
             panel.set_title(f"{measure.rsplit(',', 1)[0]}: tau {tau.tau_b:.2f}", loc="left", fontsize=9)
             panel.set_xlabel(f"rise of the loss, rho = {rhos[measure][chosen[measure]]:g}")
-            panel.set_xscale("log" if values.min() > 0 else "linear")
+            if values.min() > 0:
+                panel.set_xscale("log")
+                panel.xaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel("generalization gap (points)")
         axes[2].set_ylabel("generalization gap (points)")
         axes[0].legend(frameon=False, fontsize=8)
