@@ -8,7 +8,7 @@ each measure is chosen on networks of other seeds, by their tau; the reported ne
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import inf, sqrt
+from math import inf, isfinite, sqrt
 
 import torch
 from torch import Tensor, nn
@@ -113,6 +113,9 @@ def perform(network: Network) -> Outcome:
     assert isinstance(task, Classification)
     data = [(task.data.train.inputs[: network.examples], task.data.train.labels[: network.examples])]
     objective = Objective(training.network.eval(), _loss, data)
+    kept = {name: outcome[name] for name in ("train_error", "test_error", "generalization_gap", "loss_gap")}
+    if not isfinite(objective.loss()):  # it diverged, and will not be among those that fit their data
+        return kept | {"measures": {}}
     k = objective.like.numel()
     values: dict[str, list[float]] = {}
     for ball, geometry in BALLS.items():
@@ -123,8 +126,7 @@ def perform(network: Network) -> Outcome:
             for method in METHODS:
                 profile = sharpness_profile(objective, sizes, geometry=in_norm, steps=network.steps, method=method)
                 values[measure_name(ball, p, method)] = list(profile.values)
-    kept = ("train_error", "test_error", "generalization_gap", "loss_gap")
-    return {name: outcome[name] for name in kept} | {"measures": values}
+    return kept | {"measures": values}
 
 
 def _loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -149,14 +151,14 @@ class Ranking:
 def _ranking(settings: Settings, outcomes: Mapping[str, Outcome], part: str) -> Ranking:
     changes = _networks(settings)
     runs = [(changes[int(name.split("/")[1])], outcomes[name]) for name in outcomes if name.startswith(part)]
-    fit = [(c, o) for c, o in runs if o["train_error"] <= settings.largest_train_error]
+    fit = [(c, o) for c, o in runs if o["measures"] and o["train_error"] <= settings.largest_train_error]
     if len(fit) < 2:
         raise InputError(f"{len(fit)} of {len(runs)} networks fit their data: there is nothing to rank")
     return Ranking(
         [o["generalization_gap"] for _, o in fit],
         [o["loss_gap"] for _, o in fit],
         {name: [c[name] for c, _ in fit] for name in changes[0]},
-        {name: [o["measures"][name] for _, o in fit] for name in runs[0][1]["measures"]},
+        {name: [o["measures"][name] for _, o in fit] for name in fit[0][1]["measures"]},
         len(runs),
     )
 
