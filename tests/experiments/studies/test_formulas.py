@@ -131,7 +131,7 @@ def test_networks_of_the_selection_alone_choose_rho():
     found = correlation.STUDY.report(settings, outcomes)
     taus = [item.estimate for item in found.findings if item.quantity == "Kendall's tau"]
     assert taus == [-1.0, -1.0]
-    assert {row[1] for row in found.tables[0].rows} == {f"{settings.rhos[0]:g}"}
+    assert {row[1] for row in found.tables[0].rows} == {f"{settings.rhos[0]:g} (edge)"}
 
 
 def test_measures_have_names_of_their_own():
