@@ -146,7 +146,9 @@ class ASAM:
             with self._replicas.apart(accumulating=through):
                 loss, names, params, grads = self._climb_through(ascents, backward) if through else self._climb(ascents)
             after = self._random_state() if self.replay_rng else None
-            with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho):
+            moved = perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho)
+            try:
+                next(moved)
                 if before is not None:
                     before.restore()
                 try:
@@ -154,6 +156,9 @@ class ASAM:
                 finally:
                     if after is not None:
                         after.restore()
+                next(moved, None)
+            finally:
+                moved.close()
         return loss
 
     @contextmanager
@@ -183,8 +188,7 @@ class ASAM:
             names, params, grads = self._present(grads_at_w)
             del grads_at_w
             self._clear_grads()
-            with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho):
-                yield
+            yield from perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho)
 
     def _clear_grads(self) -> None:
         """Set the gradients of the whole model to None."""

@@ -3,11 +3,11 @@
 The weights are saved and copied back, never subtracted: (w + e) - e is not w in floating point. They are moved in
 place, so that a graph which still needs the old values raises autograd's version error instead of giving a wrong
 gradient. Buffers (batch-norm statistics, any other) come back too, so that they move once a step, in the pass at w.
-All of it happens in ``finally``: an exception, Ctrl-C or an out-of-memory error leaves the model as it was.
+All of it happens in ``finally``: an exception, Ctrl-C or an out-of-memory error leaves the model as it was. Ctrl-C may
+also come while they are brought back, between any two operations: then all of it is done again.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from .geometry import Geometry
 from .sharding import Unsharded, local
 
 
-@contextmanager
 def perturbed(
     model: nn.Module,
     unsharded: Unsharded,
@@ -25,14 +24,24 @@ def perturbed(
     params: Sequence[Tensor],
     grads: list[Tensor],
     rho: float,
-) -> Iterator[None]:
-    """Run the block at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``.
+) -> Generator[None, None, None]:
+    """Yield once, at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``.
 
-    ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end.
+    ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end. A bare generator: nothing
+    can interrupt its ``close()`` before that has begun, as Ctrl-C can interrupt the ``__exit__`` of a context manager.
     """
     saved: list[tuple[list[Tensor], list[Tensor]]] = []
     with torch.no_grad():
         buffers = Buffers(model)
+
+    def bring_back() -> None:
+        with torch.no_grad():
+            for targets, originals in saved:
+                torch._foreach_copy_(targets, originals)
+            buffers.restore()
+        unsharded.let_go()
+        torch.clear_autocast_cache()
+
     try:
         with torch.no_grad():
             for block in geometry.blocks(names, params, grads, rho):
@@ -47,12 +56,11 @@ def perturbed(
         unsharded.abort()
         raise
     finally:
-        with torch.no_grad():
-            for targets, originals in saved:
-                torch._foreach_copy_(targets, originals)
-            buffers.restore()
-        unsharded.let_go()
-        torch.clear_autocast_cache()
+        try:
+            bring_back()
+        except BaseException:
+            bring_back()
+            raise
 
 
 class Buffers:
