@@ -94,9 +94,8 @@ def test_the_loss_scale_leaves_no_trace(clip):
         accelerator = make(Accelerator(cpu=True, mixed_precision="fp16"))
         model = network()
         model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
-        accelerator.native_amp = (
-            accelerator.scaler is not None
-        )  # as on a GPU: clip_grad_norm_ unscales; else the optimizer's step does
+        # as on a GPU, where clip_grad_norm_ unscales, or the optimizer's step if there is no clipping
+        accelerator.native_amp = accelerator.scaler is not None
         asam = ASAM(model, rho=0.3)
         for step in range(4):
             inputs, targets = batch(step)
