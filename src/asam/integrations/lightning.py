@@ -65,7 +65,8 @@ class SharpnessAware(Callback):
     ) -> None:
         self._options: dict[str, Any] = {"eta": eta, "normalization": normalization, "p": p, "bias": bias}
         self._options |= {"replay_rng": replay_rng, "sync_ascent": sync_ascent}
-        ASAM(nn.Linear(1, 1), rho=rho, **self._options)  # a wrong argument is told now, not when a fit starts
+        # a wrong argument is told now, not when a fit starts; a layer that draws no random numbers
+        ASAM(nn.LayerNorm(1), rho=rho, **self._options)
         if params is not None and (isinstance(params, str | Tensor) or not isinstance(params, Iterable)):
             raise TypeError(f"params must be an iterable of names or parameters, got {type(params).__name__}")
         self._params = None if params is None else list(params)
