@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_rho
-from .closures import Closure, as_closures, descend, loss_of, total
+from .closures import Closure, as_closures, check_reaches_parameters, descend, loss_of, total
 from .geometry import Geometry
 from .parameters import selected_parameters
 from .perturbation import RandomState, perturbed
@@ -90,6 +90,7 @@ class ASAM:
                 raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
         self._sharded = check_sharding(model, self._params)
         self._active = False
+        self._missing = 0
 
     @property
     def rho(self) -> float:
@@ -128,8 +129,9 @@ class ASAM:
         Raises:
             TypeError: a closure is not callable or does not return a tensor.
             ValueError: a loss is not a scalar, or there is no closure.
-            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, the call is nested in another, or
-                ``backward`` is given and DistributedDataParallel has ``static_graph``.
+            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, the call is nested in another,
+                ``backward`` is given and DistributedDataParallel has ``static_graph``, or it is not and parameters are
+                behind reentrant activation checkpointing.
 
         The weights are w again afterwards, bit for bit, also if a closure raises.
         """
@@ -239,6 +241,10 @@ class ASAM:
                 new = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
                 # not in place: autograd may hand out one buffer for two parameters
                 grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)]
+                missing = sum(grad is None for grad in new)
+                if missing > self._missing:  # to look at the graph takes long: once
+                    check_reaches_parameters(loss)
+                    self._missing = missing
             losses.append(loss.detach())
         return total(losses), *self._present(grads, trainable)
 
