@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.training_args import OptimizerNames
 from transformers.utils.import_utils import is_sagemaker_mp_enabled
 
 from ..minimizer import ASAM
@@ -74,14 +75,14 @@ class SharpnessAwareTrainer(Trainer):
         )
 
     def _check_gradients(self) -> None:
+        optim = OptimizerNames(self.args.optim).value
         fsdp = getattr(self.accelerator.state, "fsdp_plugin", None)
         unable = {
             "DeepSpeed": self.is_deepspeed_enabled,
             "FSDP1": fsdp is not None and fsdp.fsdp_version == 1,
             "Megatron-LM": self.accelerator.distributed_type == "MEGATRON_LM",
             "SageMaker's model parallelism": is_sagemaker_mp_enabled(),
-            f"optim={self.args.optim!s}": self.args.optim in ("lomo", "adalomo")
-            or self.args.optim.endswith("layerwise"),
+            f"optim={optim}": optim in ("lomo", "adalomo") or optim.endswith("layerwise"),
         }
         for name, used in unable.items():
             if used:
