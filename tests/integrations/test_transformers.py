@@ -1,7 +1,11 @@
 """Trainer with ASAM against its loop written by hand, and everything that Trainer puts around a step."""
 
 import copy
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -366,3 +370,13 @@ def test_torch_compile(tmp_path):
     trainer(tmp_path, model, torch_compile=True).train()
     by_hand(reference, ASAM(reference), [[batch] for batch in batches(sentences())[:3]])
     assert_near(weights(model), weights(reference), rtol=1e-8, atol=1e-10)
+
+
+def test_two_processes_are_one_that_has_both_shards(tmp_path):
+    here = Path(__file__).parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    paths = {"PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(here / "transformers_processes.py"), str(tmp_path)]
+    result = subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("same") == 2
