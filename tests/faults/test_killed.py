@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from doomed import STEPS, Training, at, exit_code, killed, signalled
+from doomed import STEPS, Training, exit_code, killed, signalled
 
 
 def assert_equal(actual, expected):
@@ -56,30 +56,3 @@ def test_a_checkpoint_in_finally_holds_w(number, code, call, uninterrupted, tmp_
     assert model["1.num_batches_tracked"] == model_before["1.num_batches_tracked"] + 1
     assert_equal(model["1.running_mean"], uninterrupted[6]["parts"][0]["1.running_mean"])
     assert_equal(left["parts"][1:], before["parts"][1:])
-
-
-def out_of_memory():
-    """For real: no machine has so much."""
-    torch.empty(2**58, dtype=torch.uint8)
-
-
-def dataset_is_gone():
-    raise FileNotFoundError("the data are gone")
-
-
-@pytest.mark.parametrize("call", [1, 2], ids=["ascent", "descent"])
-@pytest.mark.parametrize(
-    ("act", "error", "message"),
-    [(out_of_memory, RuntimeError, "allocate memory"), (dataset_is_gone, FileNotFoundError, "are gone")],
-    ids=["out of memory", "data"],
-)
-def test_the_next_attempt_is_as_if_there_had_been_none(act, error, message, call):
-    training, expected = Training(), Training()
-    with pytest.raises(error, match=message):
-        training.run(at(0, call, act))
-    for name, buffer in expected.model.named_buffers():  # what the ascent pass has moved
-        training.model.get_buffer(name).copy_(buffer)
-    torch.manual_seed(1)
-    got = training.run()
-    torch.manual_seed(1)
-    assert_equal(got, expected.run())
