@@ -8,17 +8,19 @@ Optimizer, scheduler, gradient scaler, clipping, accumulation and checkpoints st
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_rho
-from .closures import Closure, as_closures, descend, loss_of, total
+from .closures import Closure, as_closures, checked, descend, loss_of, total
+from .combination import Combine, combine_
+from .direction import Gradient, Momentum
 from .geometry import Geometry
 from .parameters import selected_parameters
-from .perturbation import RandomState, perturbed
+from .perturbation import RandomState, perturbed, running_statistics
 from .replicas import Replicas
 from .sharding import Unsharded, check_sharding, is_sharded
 
@@ -37,6 +39,11 @@ class ASAM:
         sync_ascent: under DistributedDataParallel, whether the ascent gradient is averaged over the processes, which
             then share one perturbation, that of the whole batch. By default each climbs on its own shard of the batch
             and its ascent pass reduces nothing. With FSDP2 the gradient is that of the whole batch in any case.
+        direction: what is climbed, the gradient at w by default: a :class:`Gradient` with a mean of earlier ones, or a
+            :class:`Momentum`, which costs no pass at w. One belongs to one ASAM.
+        combine: takes the inner products <g0, g0>, <g0, g1> and <g1, g1> of the gradients at w and at w + e, scalar
+            tensors, and returns (c0, c1): what is added to ``.grad`` of the perturbed parameters is c0 g0 + c1 g1
+            instead of g1. g0 is kept until then, one more copy of them.
 
     Raises:
         ValueError, TypeError: an argument is not one of the above, or the model is wrapped in a way that cannot work.
@@ -66,6 +73,8 @@ class ASAM:
         params: Iterable[str | Tensor] | None = None,
         replay_rng: bool = False,
         sync_ascent: bool = False,
+        direction: Gradient | Momentum | None = None,
+        combine: Combine | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -73,6 +82,10 @@ class ASAM:
             raise TypeError(f"replay_rng must be a bool, got {type(replay_rng).__name__}")
         if not isinstance(sync_ascent, bool):
             raise TypeError(f"sync_ascent must be a bool, got {type(sync_ascent).__name__}")
+        if not isinstance(direction, Gradient | Momentum | None):
+            raise TypeError(f"direction must be a Gradient or a Momentum, got {type(direction).__name__}")
+        if combine is not None and not callable(combine):
+            raise TypeError(f"combine must be a callable, got {type(combine).__name__}")
         self.geometry = Geometry(normalization, p, eta, bias)
         self.rho = rho
         self.replay_rng = replay_rng
@@ -89,7 +102,17 @@ class ASAM:
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
         self._sharded = check_sharding(model, self._params)
+        self._direction = Gradient() if direction is None else direction
+        self._combine = combine
+        if combine is not None and self._replicas and not sync_ascent:
+            raise ValueError(
+                "combine under DistributedDataParallel needs sync_ascent=True: a combination with the gradient of one "
+                "process alone would let the replicas drift apart"
+            )
+        if combine is not None and not self._direction.needs_ascent:
+            raise ValueError("combine needs the gradient at w, and direction=Momentum(...) takes none")
         self._active = False
+        self._loss_at = "w"
 
     @property
     def rho(self) -> float:
@@ -101,8 +124,17 @@ class ASAM:
         check_rho(rho)
         self._rho = float(rho)
 
+    @property
+    def loss_at(self) -> str:
+        """Where the loss that ``backward`` returned last was taken, ``"w"`` or ``"w + e"``.
+
+        It is w, but for a :class:`Momentum` direction, whose one pass is at w + e.
+        """
+        return self._loss_at
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(rho={self.rho}, {self.geometry}, parameters={len(self._params)})"
+        more = "" if self._direction.needs_ascent and not self._direction.remembers else f", {self._direction!r}"
+        return f"{type(self).__name__}(rho={self.rho}, {self.geometry}{more}, parameters={len(self._params)})"
 
     def backward(
         self,
@@ -138,23 +170,111 @@ class ASAM:
         if backward is not None and not callable(backward):
             raise TypeError(f"backward must be a callable that takes the loss, got {type(backward).__name__}")
         with self._entered(), torch.enable_grad():
+            if isinstance(self._direction, Momentum):
+                return self._without_ascent(self._direction, ascents, descents, backward)
             if self.rho == 0:
                 return descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
             # the graph of a sharded model ends in whole parameters that come and go: its gradients are in .grad alone
             through = self._sharded or backward is not None
+            units: tuple[list[Tensor], list[Tensor]] = ([], [])
             with self._replicas.apart(accumulating=through):
-                loss, names, params, grads = self._climb_through(ascents, backward) if through else self._climb(ascents)
+                if through:
+                    loss, names, params, grads = self._climb_through(ascents, backward, units[0])
+                else:
+                    loss, names, params, grads = self._climb(ascents)
             after = self._random_state() if self.replay_rng else None
-            with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho):
+            at_w = list(grads) if self._combine else []
+            grads = self._direction.climbed(names, grads, units[0])
+            with (
+                self._set_aside() if self._combine else nullcontext(),
+                self._perturbed(names, params, grads),
+            ):
                 if before is not None:
                     before.restore()
                 try:
-                    descend(descents, backward)
+                    descend(descents, backward, units[1])
                 finally:
                     if after is not None:
                         after.restore()
+                if self._combine:
+                    combine_(self._combine, params, at_w, units)
         return loss
+
+    def _without_ascent(
+        self,
+        momentum: Momentum,
+        ascents: Sequence[Closure],
+        descents: Sequence[Closure],
+        backward: Callable[[Tensor], Any] | None,
+    ) -> Tensor:
+        """One forward-backward pass, at w + e, and now and then a forward pass at w."""
+        directions = momentum.directions(self._params) if self.rho else []
+        found = [
+            (name, param, direction)
+            for (name, param), direction in zip(self._params.items(), directions, strict=False)
+            if direction is not None and param.requires_grad
+        ]
+        layers = running_statistics(self._model) if found else []
+        loss = None
+        if layers and momentum.looks():
+            with torch.no_grad():
+                loss = total([checked(closure()).detach() for closure in ascents])
+        moved = bool(found)
+        units: list[Tensor] = []
+        with self._set_aside() if momentum.observes_descent else nullcontext():
+            if found:
+                names, params, grads = (list(column) for column in zip(*found, strict=True))
+                del found
+                with self._perturbed(names, params, grads, layers):
+                    there = descend(descents, backward, units)
+            else:
+                there = descend(descents, backward, units)
+            if momentum.observes_descent:
+                names, params, grads = self._present([param.grad for param in self._params.values()])
+                momentum.observe(names, grads, units)
+        self._loss_at = "w" if loss is not None or not moved else "w + e"
+        return there if loss is None else loss
+
+    @contextmanager
+    def _perturbed(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        grads: list[Tensor],
+        keeping: Iterable[nn.Module] | None = None,
+    ) -> Iterator[None]:
+        with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho, keeping):
+            yield
+
+    @contextmanager
+    def _set_aside(self) -> Iterator[None]:
+        """Run a block that finds no gradients, and add what it leaves in ``.grad`` to those that were there."""
+        self._unsharded.let_go()
+        everything = self._everything()
+        earlier = [param.grad for param in everything]
+        if self._replicas and any(grad is not None for grad in earlier):
+            raise RuntimeError(
+                "combine, and a Momentum with a memory of its own, need the gradient of one call alone, which "
+                "DistributedDataParallel does not give where gradients accumulate: clear them after each call with "
+                "optimizer.zero_grad(), or use Momentum(optimizer)"
+            )
+        for param in everything:
+            param.grad = None
+        new: list[Tensor | None] = [None] * len(everything)
+        try:
+            yield
+            new = [param.grad for param in everything]
+        finally:
+            for param, before, grad in zip(everything, earlier, new, strict=True):
+                param.grad = before
+                if before is None:
+                    param.grad = grad
+                elif grad is not None:
+                    before.add_(grad)
+
+    def _everything(self) -> list[Tensor]:
+        return list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -175,15 +295,20 @@ class ASAM:
             >>> with asam.perturbed():
             ...     model(inputs).square().mean().backward()
         """
-        if self.replay_rng:
-            raise RuntimeError("replay_rng=True needs both passes: call backward(closure) instead of perturbed()")
+        for name, needed in (
+            ("replay_rng=True", self.replay_rng),
+            ("combine", self._combine is not None),
+            (f"direction={self._direction!r}", not self._direction.needs_ascent or self._direction.remembers),
+        ):
+            if needed:
+                raise RuntimeError(f"{name} needs the whole step: call backward(closure) instead of perturbed()")
         with self._entered():
             # a layer frozen since the last step may hold its old gradient
             grads_at_w = [param.grad if param.requires_grad else None for param in self._params.values()]
             names, params, grads = self._present(grads_at_w)
             del grads_at_w
             self._clear_grads()
-            with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho):
+            with self._perturbed(names, params, grads):
                 yield
 
     def _clear_grads(self) -> None:
@@ -193,19 +318,23 @@ class ASAM:
             param.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes during training: ``rho``. The geometry is the constructor's."""
-        return {"rho": self.rho}
+        """What changes during training: ``rho``, and a memory of the direction. The geometry is the constructor's."""
+        return {"rho": self.rho, **self._direction.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up the state of :meth:`state_dict`.
 
         Raises:
-            ValueError, TypeError: it is no mapping, has other keys, or its rho is not a finite number >= 0.
+            ValueError, TypeError: it is no mapping, has other keys, or a value is not what that key holds.
         """
+        keys = list(self.state_dict())
+        takes = f"a mapping with the key{'s' if keys[1:] else ' '} {', '.join(map(repr, keys))}"
         if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a mapping with the one key 'rho', got {type(state_dict).__name__}")
-        if set(state_dict) != {"rho"}:
-            raise ValueError(f"state_dict must have the one key 'rho', got {sorted(map(str, state_dict))}")
+            raise TypeError(f"state_dict must be {takes}, got {type(state_dict).__name__}")
+        if set(state_dict) != set(keys):
+            raise ValueError(f"state_dict must be {takes}, got {sorted(map(str, state_dict))}")
+        check_rho(state_dict["rho"])
+        self._direction.load_state_dict(state_dict, self._params)
         self.rho = state_dict["rho"]
 
     @contextmanager
@@ -239,16 +368,16 @@ class ASAM:
         return total(losses), *self._present(grads, trainable)
 
     def _climb_through(
-        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None
+        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor]
     ) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
         """The same by a backward pass into ``.grad``, with those of earlier micro-batches set aside for the while."""
         self._unsharded.let_go()
-        everything = list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
+        everything = self._everything()
         earlier = [param.grad for param in everything]
         for param in everything:
             param.grad = None
         try:
-            loss = descend(closures, backward)
+            loss = descend(closures, backward, units)
             grads = [param.grad for param in self._params.values()]
         finally:
             for param, grad in zip(everything, earlier, strict=True):
@@ -287,8 +416,8 @@ class SAM(ASAM):
     """Sharpness-Aware Minimization: ASAM with no normalization, a ball of fixed size around the weights.
 
     Args:
-        model, rho, p, bias, params, replay_rng, sync_ascent: as for :class:`ASAM`; of the bias policies, ``"scaled"``
-            and ``"unscaled"`` are the same here.
+        model, rho, p, bias, params, replay_rng, sync_ascent, direction, combine: as for
+            :class:`ASAM`; of the bias policies, ``"scaled"`` and ``"unscaled"`` are the same here.
 
     Source: Foret et al., arXiv:2010.01412.
 
@@ -308,6 +437,8 @@ class SAM(ASAM):
         params: Iterable[str | Tensor] | None = None,
         replay_rng: bool = False,
         sync_ascent: bool = False,
+        direction: Gradient | Momentum | None = None,
+        combine: Combine | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -318,6 +449,8 @@ class SAM(ASAM):
             params=params,
             replay_rng=replay_rng,
             sync_ascent=sync_ascent,
+            direction=direction,
+            combine=combine,
         )
 
 

@@ -6,7 +6,7 @@ gradient. Buffers (batch-norm statistics, any other) come back too, so that they
 All of it happens in ``finally``: an exception, Ctrl-C or an out-of-memory error leaves the model as it was.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -25,14 +25,16 @@ def perturbed(
     params: Sequence[Tensor],
     grads: list[Tensor],
     rho: float,
+    keeping: Iterable[nn.Module] | None = None,
 ) -> Iterator[None]:
     """Run the block at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``.
 
-    ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end.
+    ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end. Buffers come back, those
+    of the modules ``keeping`` if given.
     """
     saved: list[tuple[list[Tensor], list[Tensor]]] = []
     with torch.no_grad():
-        buffers = Buffers(model)
+        buffers = Buffers(model.modules() if keeping is None else keeping)
     try:
         with torch.no_grad():
             for block in geometry.blocks(names, params, grads, rho):
@@ -55,13 +57,16 @@ def perturbed(
         torch.clear_autocast_cache()
 
 
-class Buffers:
-    """Every buffer of a model as it was when this was made."""
+def running_statistics(model: nn.Module) -> list[nn.Module]:
+    """The layers that collect running statistics in training and use them in evaluation."""
+    return [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
 
-    def __init__(self, model: nn.Module) -> None:
-        self._places = [
-            (module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()
-        ]
+
+class Buffers:
+    """Every buffer of these modules as it was when this was made."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._places = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
         # an expanded tensor cannot be written to, neither by the module nor here
         self._buffers = local(
             [
