@@ -327,12 +327,11 @@ class ASAM:
         Raises:
             ValueError, TypeError: it is no mapping, has other keys, or a value is not what that key holds.
         """
-        keys = list(self.state_dict())
-        takes = f"a mapping with the key{'s' if keys[1:] else ' '} {', '.join(map(repr, keys))}"
         if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be {takes}, got {type(state_dict).__name__}")
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+        keys = sorted(self.state_dict())
         if set(state_dict) != set(keys):
-            raise ValueError(f"state_dict must be {takes}, got {sorted(map(str, state_dict))}")
+            raise ValueError(f"state_dict must have the keys {keys}, got {sorted(map(str, state_dict))}")
         check_rho(state_dict["rho"])
         self._direction.load_state_dict(state_dict, self._params)
         self.rho = state_dict["rho"]
