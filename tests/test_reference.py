@@ -10,6 +10,7 @@ from torch import nn
 
 from asam import ASAM, SAM, Gradient, Momentum, norm_parameters
 
+
 def gsam(g00, g01, g11):
     return -0.4, 1 + 0.4 * g01 / g11
 
@@ -143,4 +144,6 @@ def test_other_authors_steps(case, variants):
 
 def test_every_recorded_case_is_run():
     assert len(OFFICIAL) == 12
-    assert {*VARIANTS, "momentum_sam"} == {case["case"] for case in json.loads((DATA / "variant_trajectories.json").read_text())}
+    assert {*VARIANTS, "momentum_sam"} == {
+        case["case"] for case in json.loads((DATA / "variant_trajectories.json").read_text())
+    }

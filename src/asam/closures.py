@@ -55,7 +55,8 @@ def descend(
     for closure in closures:
         loss = loss_of(closure)
         if units is not None and backward is not None:
-            loss.register_hook(units.append)  # type: ignore[no-untyped-call]
+            # a loss of shape (1,) is a scalar too
+            loss.register_hook(lambda unit: units.append(unit.detach().reshape(())))  # type: ignore[no-untyped-call]
         if backward is None:
             torch.autograd.backward(loss)
         else:

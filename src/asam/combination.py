@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .sharding import groups, local, summed
+from .direction import wide
+from .sharding import groups, local, summed, widest
 
 Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | float, Tensor | float]]
 
@@ -50,17 +51,12 @@ def combine_(
 def _inner_products(g0: Sequence[Tensor], g1: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
     """<g0, g0>, <g0, g1> and <g1, g1> over the shards of all processes, in float64 where the device has it."""
     home = g0[0].device
-    dtype = torch.float32 if home.type == "mps" else torch.float64
+    dtype = widest(home)
     parts = [
         torch.stack([torch.sum(x * y, dtype=dtype) for x, y in ((a, a), (a, b), (b, b))]).to(home, non_blocking=True)
-        for a, b in ((_wide(x), _wide(y)) for x, y in zip(g0, g1, strict=True))
+        for a, b in ((wide(x), wide(y)) for x, y in zip(g0, g1, strict=True))
     ]
     return summed(parts, [groups(param) for param in params])
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: the product of two half-precision gradients would underflow."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def _like(coefficient: Tensor | float, tensor: Tensor) -> Tensor | float:

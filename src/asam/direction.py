@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import check_count, check_number
-from .sharding import local
+from .sharding import groups, local, summed, widest
 
 # Where torch's optimizers, and those built like them, keep a mean of their gradients.
 MOMENTA = ("momentum_buffer", "exp_avg")
+HALF = (torch.float16, torch.bfloat16)
 
 
 class Mean:
@@ -37,8 +38,7 @@ class Mean:
             for name, grad in zip(names, grads, strict=True):
                 here = finite.to(grad.device, non_blocking=True)
                 if name not in self.values:
-                    value = grad.float() if grad.dtype in (torch.float16, torch.bfloat16) else grad
-                    self.values[name] = torch.where(here, value, 0)
+                    self.values[name] = torch.where(here, wide(grad), 0)
                 else:
                     mean = self.values[name]
                     mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), 1 - self.decay)
@@ -68,16 +68,22 @@ class Mean:
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Whether every element of the local shards is finite, as a tensor: no value is read back."""
-    half = any(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors)
+    """Whether every element, of the shards of all processes, is finite, as a tensor: no value is read back."""
+    half = any(tensor.dtype in HALF for tensor in tensors)
     sums = torch._foreach_norm(local(tensors), 1, dtype=torch.float32 if half else None)
     home = sums[0].device
-    return torch.stack([part.to(home, torch.float64, non_blocking=True) for part in sums]).isfinite().all()
+    parts = [part.to(home, widest(home), non_blocking=True) for part in sums]
+    return summed(parts, [groups(tensor) for tensor in tensors]).isfinite()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: in half precision small gradients, and products of them, would underflow."""
+    return tensor.float() if tensor.dtype in HALF else tensor
 
 
 def in_units(grads: list[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the loss itself, where a loss scale or a share of a batch multiplied it."""
-    return [grad / units[-1].to(grad.device, non_blocking=True) for grad in grads] if units else grads
+    return [wide(grad) / units[-1].to(grad.device, non_blocking=True) for grad in grads] if units else grads
 
 
 class Gradient:
@@ -195,24 +201,24 @@ class Momentum:
         """Whether there is a memory, and the size of a loss scale would be in it."""
         return self._optimizer is None
 
-    def directions(self, params: Mapping[str, Tensor]) -> list[Tensor | None]:
-        """Minus the momentum of each parameter, None where there is none yet.
+    def momenta(self, params: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """The momentum of each parameter, the tensors themselves, None where there is none yet.
 
         Raises:
-            RuntimeError: the optimizer has taken steps and keeps no momentum.
+            RuntimeError: the optimizer keeps no momentum.
         """
         if self._optimizer is None:
-            found = [self._memory.values.get(name) for name in params]
-        else:
-            states = [self._optimizer.state.get(param, {}) for param in params.values()]
-            found = [next((s[key] for key in MOMENTA if s.get(key) is not None), None) for s in states]
-            if any(states) and all(value is None for value in found):
-                raise RuntimeError(
-                    f"{type(self._optimizer).__name__} keeps no momentum to climb against: give it one, such as "
-                    "momentum=0.9, or use Momentum() with a memory of its own"
-                )
-        with torch.no_grad():
-            return [None if value is None else -value for value in found]
+            return [self._memory.values.get(name) for name in params]
+        states = [self._optimizer.state.get(param, {}) for param in params.values()]
+        found = [next((s[key] for key in MOMENTA if s.get(key) is not None), None) for s in states]
+        # SGD leaves no state at all where it has no momentum
+        without = any(states) or all(group.get("momentum") == 0 for group in self._optimizer.param_groups)
+        if without and all(value is None for value in found):
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} keeps no momentum to climb against: give it one, such as "
+                "momentum=0.9, or use Momentum() with a memory of its own"
+            )
+        return found
 
     def looks(self) -> bool:
         """Whether the running statistics are due in this call."""

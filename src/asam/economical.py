@@ -74,6 +74,8 @@ class EconomicalASAM:
         check_count("steps", steps, 1)
         check_count("warmup", warmup, 0)
         check_number("exact", exact, "a share from 0 to 1", lambda share: 0 <= share <= 1)
+        if momentum_rho is not None:
+            check_number("momentum_rho", momentum_rho, "a finite number >= 0", lambda size: 0 <= size < math.inf)
         chosen = params if params is None or isinstance(params, str | Tensor) else list(params)
         shape: dict[str, Any] = {"eta": eta, "normalization": normalization, "p": p, "bias": bias, "params": chosen}
         self.exact = ASAM(model, rho=rho, **shape)
@@ -82,7 +84,7 @@ class EconomicalASAM:
         self.momentum = ASAM(model, rho=size, direction=direction, **shape)
         self._resting = ASAM(model, rho=0, direction=direction, **shape)
         self._warmup = warmup
-        self._exact_from = max(warmup, steps - math.floor(exact * steps))
+        self._exact_from = max(warmup, steps - round(exact * steps))
         self._calls = 0
         self._last = self.exact
 

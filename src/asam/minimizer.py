@@ -149,13 +149,13 @@ class ASAM:
             closure: computes the loss, a scalar tensor; forward only. It is called twice, at w and at w + e. Several
                 closures share one perturbation and their losses add up.
             ascent: what is climbed, if not ``closure``: for example the loss on a part of the batch. The loss returned
-                is then this one's.
+                is then this one's. Of no account for a :class:`Momentum`, which has no pass of its own to climb.
             backward: how to call backward on a loss, ``loss.backward()`` by default. With a gradient scaler:
                 ``lambda loss: scaler.scale(loss).backward()``; with Accelerate: ``accelerator.backward``. It runs in
                 both passes, and parameters outside the model then get the gradients of both, as they do with FSDP2.
 
         Returns:
-            The loss at w, detached: a scalar tensor.
+            The loss at w (at :attr:`loss_at`), detached: a scalar tensor.
 
         Raises:
             TypeError: a closure is not callable or does not return a tensor.
@@ -171,7 +171,7 @@ class ASAM:
             raise TypeError(f"backward must be a callable that takes the loss, got {type(backward).__name__}")
         with self._entered(), torch.enable_grad():
             if isinstance(self._direction, Momentum):
-                return self._without_ascent(self._direction, ascents, descents, backward)
+                return self._without_ascent(self._direction, descents, backward)
             if self.rho == 0:
                 return descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
@@ -188,7 +188,7 @@ class ASAM:
             grads = self._direction.climbed(names, grads, units[0])
             with (
                 self._set_aside() if self._combine else nullcontext(),
-                self._perturbed(names, params, grads),
+                self._perturbed(names, params, grads, self.rho),
             ):
                 if before is not None:
                     before.restore()
@@ -204,36 +204,35 @@ class ASAM:
     def _without_ascent(
         self,
         momentum: Momentum,
-        ascents: Sequence[Closure],
-        descents: Sequence[Closure],
+        closures: Sequence[Closure],
         backward: Callable[[Tensor], Any] | None,
     ) -> Tensor:
         """One forward-backward pass, at w + e, and now and then a forward pass at w."""
-        directions = momentum.directions(self._params) if self.rho else []
+        momenta = momentum.momenta(self._params) if self.rho else [None] * len(self._params)
         found = [
-            (name, param, direction)
-            for (name, param), direction in zip(self._params.items(), directions, strict=False)
-            if direction is not None and param.requires_grad
+            (name, param, value)
+            for (name, param), value in zip(self._params.items(), momenta, strict=True)
+            if value is not None and param.requires_grad
         ]
         layers = running_statistics(self._model) if found else []
         loss = None
         if layers and momentum.looks():
             with torch.no_grad():
-                loss = total([checked(closure()).detach() for closure in ascents])
-        moved = bool(found)
+                loss = total([checked(closure()).detach() for closure in closures])
         units: list[Tensor] = []
         with self._set_aside() if momentum.observes_descent else nullcontext():
             if found:
-                names, params, grads = (list(column) for column in zip(*found, strict=True))
-                del found
-                with self._perturbed(names, params, grads, layers):
-                    there = descend(descents, backward, units)
+                names, params, values = (list(column) for column in zip(*found, strict=True))
+                # after a look at w every buffer has moved
+                keeping = layers if loss is None else None
+                with self._perturbed(names, params, values, -self.rho, keeping):
+                    there = descend(closures, backward, units)
             else:
-                there = descend(descents, backward, units)
+                there = descend(closures, backward, units)
             if momentum.observes_descent:
                 names, params, grads = self._present([param.grad for param in self._params.values()])
                 momentum.observe(names, grads, units)
-        self._loss_at = "w" if loss is not None or not moved else "w + e"
+        self._loss_at = "w" if loss is not None or not found else "w + e"
         return there if loss is None else loss
 
     @contextmanager
@@ -242,9 +241,10 @@ class ASAM:
         names: Sequence[str],
         params: Sequence[Tensor],
         grads: list[Tensor],
+        rho: float,
         keeping: Iterable[nn.Module] | None = None,
     ) -> Iterator[None]:
-        with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho, keeping):
+        with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, rho, keeping):
             yield
 
     @contextmanager
@@ -308,7 +308,7 @@ class ASAM:
             names, params, grads = self._present(grads_at_w)
             del grads_at_w
             self._clear_grads()
-            with self._perturbed(names, params, grads):
+            with self._perturbed(names, params, grads, self.rho):
                 yield
 
     def _clear_grads(self) -> None:

@@ -27,7 +27,7 @@ def perturbed(
     rho: float,
     keeping: Iterable[nn.Module] | None = None,
 ) -> Iterator[None]:
-    """Run the block at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``.
+    """Run the block at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``; -e if rho < 0.
 
     ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end. Buffers come back, those
     of the modules ``keeping`` if given.
@@ -58,8 +58,9 @@ def perturbed(
 
 
 def running_statistics(model: nn.Module) -> list[nn.Module]:
-    """The layers that collect running statistics in training and use them in evaluation."""
-    return [module for module in model.modules() if getattr(module, "running_mean", None) is not None]
+    """The layers that collect running statistics now, to use them in evaluation."""
+    layers = (module for module in model.modules() if getattr(module, "running_mean", None) is not None)
+    return [layer for layer in layers if layer.training]
 
 
 class Buffers:
