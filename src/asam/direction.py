@@ -51,7 +51,7 @@ class Mean:
         """Take copies of saved means of these parameters.
 
         Raises:
-            TypeError: it is not a mapping to tensors.
+            TypeError: it is not a mapping to floating-point tensors.
             ValueError: a name is not one of theirs, or a shape is not that parameter's.
         """
         if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
@@ -64,6 +64,8 @@ class Mean:
                     f"state_dict has a mean of shape {tuple(value.shape)} for {name!r} of shape "
                     f"{tuple(params[name].shape)}"
                 )
+            if not value.is_floating_point():
+                raise TypeError(f"state_dict has a mean of {value.dtype} for {name!r}, not of a floating-point type")
         self.values = {name: value.detach().to(params[name].device, copy=True) for name, value in values.items()}
 
 

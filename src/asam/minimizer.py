@@ -295,13 +295,7 @@ class ASAM:
             >>> with asam.perturbed():
             ...     model(inputs).square().mean().backward()
         """
-        for name, needed in (
-            ("replay_rng=True", self.replay_rng),
-            ("combine", self._combine is not None),
-            (f"direction={self._direction!r}", not self._direction.needs_ascent or self._direction.remembers),
-        ):
-            if needed:
-                raise RuntimeError(f"{name} needs the whole step: call backward(closure) instead of perturbed()")
+        self._check_passes_apart()
         with self._entered():
             # a layer frozen since the last step may hold its old gradient
             grads_at_w = [param.grad if param.requires_grad else None for param in self._params.values()]
@@ -310,6 +304,16 @@ class ASAM:
             self._clear_grads()
             with self._perturbed(names, params, grads, self.rho):
                 yield
+
+    def _check_passes_apart(self) -> None:
+        """Raise if the two passes cannot be the caller's own."""
+        for name, needed in (
+            ("replay_rng=True", self.replay_rng),
+            ("combine", self._combine is not None),
+            (f"direction={self._direction!r}", not self._direction.needs_ascent or self._direction.remembers),
+        ):
+            if needed:
+                raise RuntimeError(f"{name} needs the whole step: call backward(closure) instead of perturbed()")
 
     def _clear_grads(self) -> None:
         """Set the gradients of the whole model to None."""
