@@ -43,6 +43,22 @@ def checked(loss: Tensor) -> Tensor:
     return loss
 
 
+def check_reaches_parameters(loss: Tensor) -> None:
+    """Refuse a graph with reentrant checkpoints in it: the parameters behind those are no part of the graph."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise RuntimeError(
+                "parameters behind torch.utils.checkpoint with use_reentrant=True have no gradient in the ascent pass: "
+                "pass backward=torch.Tensor.backward, or checkpoint with use_reentrant=False"
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
 def descend(
     closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor] | None = None
 ) -> Tensor:

@@ -7,7 +7,7 @@
 Optimizer, scheduler, gradient scaler, clipping, accumulation and checkpoints stay as they are.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_rho
-from .closures import Closure, as_closures, checked, descend, loss_of, total
+from .closures import Closure, as_closures, check_reaches_parameters, checked, descend, loss_of, total
 from .combination import Combine, combine_
 from .direction import Gradient, Momentum
 from .geometry import Geometry
 from .parameters import selected_parameters
-from .perturbation import RandomState, perturbed, running_statistics
+from .perturbation import RandomState, perturbed, run_at, running_statistics
 from .replicas import Replicas
 from .sharding import Unsharded, check_sharding, is_sharded
 
@@ -113,6 +113,7 @@ class ASAM:
             raise ValueError("combine needs the gradient at w, and direction=Momentum(...) takes none")
         self._active = False
         self._loss_at = "w"
+        self._missing = 0
 
     @property
     def rho(self) -> float:
@@ -160,8 +161,9 @@ class ASAM:
         Raises:
             TypeError: a closure is not callable or does not return a tensor.
             ValueError: a loss is not a scalar, or there is no closure.
-            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, the call is nested in another, or
-                ``backward`` is given and DistributedDataParallel has ``static_graph``.
+            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, the call is nested in another,
+                ``backward`` is given and DistributedDataParallel has ``static_graph``, or it is not and parameters are
+                behind reentrant activation checkpointing.
 
         The weights are w again afterwards, bit for bit, also if a closure raises.
         """
@@ -186,10 +188,8 @@ class ASAM:
             after = self._random_state() if self.replay_rng else None
             at_w = list(grads) if self._combine else []
             grads = self._direction.climbed(names, grads, units[0])
-            with (
-                self._set_aside() if self._combine else nullcontext(),
-                self._perturbed(names, params, grads, self.rho),
-            ):
+
+            def descent() -> None:
                 if before is not None:
                     before.restore()
                 try:
@@ -197,6 +197,9 @@ class ASAM:
                 finally:
                     if after is not None:
                         after.restore()
+
+            with self._set_aside() if self._combine else nullcontext():
+                run_at(self._moved(names, params, grads, self.rho), descent)
                 if self._combine:
                     combine_(self._combine, params, at_w, units)
         return loss
@@ -225,8 +228,8 @@ class ASAM:
                 names, params, values = (list(column) for column in zip(*found, strict=True))
                 # after a look at w every buffer has moved
                 keeping = layers if loss is None else None
-                with self._perturbed(names, params, values, -self.rho, keeping):
-                    there = descend(closures, backward, units)
+                moved = self._moved(names, params, values, -self.rho, keeping)
+                there = run_at(moved, lambda: descend(closures, backward, units))
             else:
                 there = descend(closures, backward, units)
             if momentum.observes_descent:
@@ -235,17 +238,15 @@ class ASAM:
         self._loss_at = "w" if loss is not None or not found else "w + e"
         return there if loss is None else loss
 
-    @contextmanager
-    def _perturbed(
+    def _moved(
         self,
         names: Sequence[str],
         params: Sequence[Tensor],
         grads: list[Tensor],
         rho: float,
         keeping: Iterable[nn.Module] | None = None,
-    ) -> Iterator[None]:
-        with perturbed(self._model, self._unsharded, self.geometry, names, params, grads, rho, keeping):
-            yield
+    ) -> Generator[None, None, None]:
+        return perturbed(self._model, self._unsharded, self.geometry, names, params, grads, rho, keeping)
 
     @contextmanager
     def _set_aside(self) -> Iterator[None]:
@@ -302,8 +303,7 @@ class ASAM:
             names, params, grads = self._present(grads_at_w)
             del grads_at_w
             self._clear_grads()
-            with self._perturbed(names, params, grads, self.rho):
-                yield
+            yield from self._moved(names, params, grads, self.rho)
 
     def _check_passes_apart(self) -> None:
         """Raise if the two passes cannot be the caller's own."""
@@ -367,6 +367,10 @@ class ASAM:
                 new = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
                 # not in place: autograd may hand out one buffer for two parameters
                 grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)]
+                missing = sum(grad is None for grad in new)
+                if missing > self._missing:  # to look at the graph takes long: once
+                    check_reaches_parameters(loss)
+                    self._missing = missing
             losses.append(loss.detach())
         return total(losses), *self._present(grads, trainable)
 

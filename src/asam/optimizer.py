@@ -36,6 +36,9 @@ class SharpnessAwareOptimizer(Optimizer):
         >>> loss = optimizer.step(closure)
     """
 
+    # has a gradient scaler leave its scale here when it calls step(), which tells step() who calls
+    _step_supports_amp_scaling = True
+
     def __init__(self, asam: ASAM, base_optimizer: Optimizer) -> None:
         # Optimizer.__init__ would make groups, state and hooks of its own: they are looked up in the base instead
         if not isinstance(asam, ASAM):
@@ -69,13 +72,20 @@ class SharpnessAwareOptimizer(Optimizer):
                 and at w + e (once, if rho is 0).
 
         Raises:
-            RuntimeError: there is no closure, so that there could be no second pass; or DistributedDataParallel has
-                ``static_graph``, which takes no ascent pass of this kind.
+            RuntimeError: there is no closure, so that there could be no second pass; a gradient scaler is the caller;
+                or DistributedDataParallel has ``static_graph``, which takes no ascent pass of this kind.
         """
+        scaled = vars(self).pop("found_inf", None) is not None
+        vars(self).pop("grad_scale", None)
         if closure is None:
             raise RuntimeError(
                 "step() needs a closure that clears the gradients, computes the loss, calls backward and returns the "
                 "loss. If you call asam.backward() yourself, step the base optimizer instead"
+            )
+        if scaled:
+            raise RuntimeError(
+                "step(closure) must not be called by a gradient scaler, which does not unscale the gradients that the "
+                "closure makes: call asam.backward(closure, backward=...) and have the scaler step the base optimizer"
             )
         with torch.enable_grad():
             self.zero_grad()

@@ -3,20 +3,28 @@
 The weights are saved and copied back, never subtracted: (w + e) - e is not w in floating point. They are moved in
 place, so that a graph which still needs the old values raises autograd's version error instead of giving a wrong
 gradient. Buffers (batch-norm statistics, any other) come back too, so that they move once a step, in the pass at w.
-All of it happens in ``finally``: an exception, Ctrl-C or an out-of-memory error leaves the model as it was.
+All of it happens in ``finally``: an exception, Ctrl-C or an out-of-memory error leaves the model as it was. Ctrl-C may
+also come while they are brought back, between any two operations: then all of it is done again. The step of an
+optimizer would be lost with that, so it is refused meanwhile.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from .blocks import CPU_BLOCK
 from .geometry import Geometry
 from .sharding import Unsharded, local
 
+Result = TypeVar("Result")
 
-@contextmanager
+# The parameters that are away from w just now, those of each perturbed() that is open.
+_away: dict[int, Sequence[Tensor]] = {}
+
+
 def perturbed(
     model: nn.Module,
     unsharded: Unsharded,
@@ -26,17 +34,39 @@ def perturbed(
     grads: list[Tensor],
     rho: float,
     keeping: Iterable[nn.Module] | None = None,
-) -> Iterator[None]:
-    """Run the block at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``; -e if rho < 0.
+) -> Generator[None, None, None]:
+    """Yield once, at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``; -e if rho < 0.
 
     ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end. Buffers come back, those
-    of the modules ``keeping`` if given.
+    of the modules ``keeping`` if given. A bare generator: nothing can interrupt its ``close()`` before that has begun,
+    as Ctrl-C can interrupt the ``__exit__`` of a context manager.
+
+    Raises:
+        RuntimeError: an optimizer took a step on one of them meanwhile, or one has another shape afterwards.
     """
     saved: list[tuple[list[Tensor], list[Tensor]]] = []
+    cut: list[tuple[Tensor, Tensor]] = []
+    resized: list[Tensor] = []
     with torch.no_grad():
         buffers = Buffers(model.modules() if keeping is None else keeping)
-    try:
+
+    def bring_back() -> None:
         with torch.no_grad():
+            for targets, originals in saved:
+                resized.extend(put_back(targets, originals))
+            for param, whole in cut:
+                if param.data_ptr() != whole.data_ptr():
+                    resized.extend(put_back([param], [whole]))
+            buffers.restore()
+        unsharded.let_go()
+        torch.clear_autocast_cache()
+        _away.pop(id(params), None)
+
+    try:
+        _away[id(params)] = params
+        with torch.no_grad():
+            # these move in slices, which do not follow if the block puts other memory under the parameter
+            cut += [(p, p.detach()) for p in params if type(p) is nn.Parameter and p.numel() > CPU_BLOCK]
             for block in geometry.blocks(names, params, grads, rho):
                 saved.append((block.targets, copies(block.targets)))
                 block.move()
@@ -49,12 +79,58 @@ def perturbed(
         unsharded.abort()
         raise
     finally:
-        with torch.no_grad():
-            for targets, originals in saved:
-                torch._foreach_copy_(targets, originals)
-            buffers.restore()
-        unsharded.let_go()
-        torch.clear_autocast_cache()
+        try:
+            bring_back()
+        except BaseException:
+            bring_back()
+            raise
+    if resized:
+        changed = [name for name, param in zip(names, params, strict=True) if any(param is it for it in resized)]
+        raise RuntimeError(
+            f"the shape of a parameter changed while it was perturbed, and is as before now: {', '.join(changed)}. "
+            "Change the model between the steps, and make ASAM and the optimizer again"
+        )
+
+
+def run_at(moved: Generator[None, None, None], block: Callable[[], Result]) -> Result:
+    """What a block returns that runs while the weights are where :func:`perturbed` has moved them."""
+    try:
+        next(moved)
+        result = block()
+        next(moved, None)
+        return result
+    finally:
+        moved.close()
+
+
+def _refuse_lost_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    if not _away:
+        return
+    away = {id(param) for params in _away.values() for param in params}
+    if any(id(param) in away for group in optimizer.param_groups for param in group["params"]):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} took a step while its parameters are perturbed, which would be lost when they "
+            "come back: call step() after backward(), or after the perturbed() block, not in it nor in a hook"
+        )
+
+
+register_optimizer_step_pre_hook(_refuse_lost_steps)
+
+
+def put_back(targets: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
+    """Copy the originals into the targets, and return the targets whose shape had to be put back first."""
+    try:
+        torch._foreach_copy_(targets, originals)
+    except RuntimeError:
+        resized = []
+        for target, original in zip(targets, originals, strict=True):
+            if target.shape == original.shape:
+                target.copy_(original)
+            else:
+                target.data = original
+                resized.append(target)
+        return resized
+    return []
 
 
 def running_statistics(model: nn.Module) -> list[nn.Module]:

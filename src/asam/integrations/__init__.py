@@ -1,0 +1,1 @@
+"""ASAM inside training frameworks, one module each."""

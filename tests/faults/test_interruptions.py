@@ -1,0 +1,99 @@
+"""Ctrl-C at every moment of a step at which Python can act upon a signal: the weights are w afterwards.
+
+Python runs a signal's handler where a call returns, where a function begins and where a loop turns back. The exception
+is raised at each such place, one after the other.
+"""
+
+import dis
+import functools
+import sys
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+from slow_reference import assert_same, weights
+from torch import nn
+
+from asam import ASAM, minimizer, perturbation
+
+# what lies below them ends in them: an exception there is one at the call
+FILES = [minimizer.__file__, perturbation.__file__]
+
+
+@functools.cache
+def places(code):
+    """The offsets at which a handler may run."""
+    instructions = list(dis.get_instructions(code))
+    after = {
+        instruction.offset
+        for before, instruction in zip(instructions, instructions[1:], strict=False)
+        if before.opname.startswith(("CALL", "RESUME"))
+    }
+    return after | {instruction.argval for instruction in instructions if instruction.opname.startswith("JUMP_BACK")}
+
+
+@contextmanager
+def interrupted_at(place):
+    """Raise at that place, counted from 1; the number of places passed is in the list."""
+    passed = [0]
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename not in FILES:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and frame.f_lasti in places(frame.f_code):
+            passed[0] += 1
+            if passed[0] == place:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield passed
+    finally:
+        sys.settrace(before)
+
+
+def problem():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    return model, lambda: model(inputs).square().mean()
+
+
+def through(model, loss):
+    ASAM(model).backward(loss, backward=lambda value: value.backward())
+
+
+WAYS = {"backward": lambda model, loss: ASAM(model).backward(loss), "through": through}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_weights_are_w_wherever_ctrl_c_comes(way, monkeypatch):
+    # several blocks, so that it comes between two of them too
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", 6)
+    model, loss = problem()
+    before = weights(model)
+    with interrupted_at(0) as passed:
+        WAYS[way](model, loss)
+    assert passed[0] > 100
+    after = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    seen = Counter()
+    for place in range(1, passed[0] + 1):
+        model, loss = problem()
+        try:
+            with interrupted_at(place):
+                WAYS[way](model, loss)
+        except KeyboardInterrupt:
+            # not later: what holds the traceback would keep the frames that clean up alive
+            assert_same(weights(model), before)
+            moves = int(model[1].num_batches_tracked)
+            if moves == 1:
+                assert_same(dict(model.named_buffers()), after)
+            seen[moves] += 1
+    assert sum(seen.values()) == passed[0]
+    assert set(seen) == {0, 1}

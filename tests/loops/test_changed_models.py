@@ -1,0 +1,258 @@
+"""A closure that changes the model: what comes back is w; what would be lost without a word is refused."""
+
+import pytest
+import torch
+from slow_reference import assert_near, assert_same, gradient, gradients, maximizer, weights
+from torch import nn
+
+from asam import ASAM, SharpnessAwareOptimizer
+from asam.blocks import CPU_BLOCK
+
+LARGE = 400  # a square of it moves in slices
+assert LARGE**2 > CPU_BLOCK
+
+
+def problem(width=6):
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)).double()
+    inputs = torch.randn(4, width, dtype=torch.float64)
+    return model, lambda: model(inputs).square().mean()
+
+
+def at_call(number, action):
+    """A function that does it when it is called for that time."""
+    calls = []
+
+    def act():
+        calls.append(1)
+        if len(calls) == number:
+            action()
+
+    return act
+
+
+def changing(closure, call, change):
+    """The closure, which changes the model when it is called for that time."""
+    change = at_call(call, change)
+    return lambda: (closure(), change())[0]
+
+
+def by_backward(asam, closure, step):
+    asam.backward(changing(closure, 2, step))
+
+
+def by_users_backward(asam, closure, step):
+    step = at_call(2, step)
+    asam.backward(closure, backward=lambda loss: (loss.backward(), step()))
+
+
+def by_perturbed(asam, closure, step):
+    closure().backward()
+    with asam.perturbed():
+        closure().backward()
+        step()
+
+
+@pytest.mark.parametrize("way", [by_backward, by_users_backward, by_perturbed])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_would_be_lost_is_refused(base, way):
+    model, closure = problem()
+    asam, optimizer, before = ASAM(model), base(model.parameters(), lr=0.1), weights(model)
+    with pytest.raises(RuntimeError, match=f"{base.__name__} took a step while its parameters are perturbed"):
+        way(asam, closure, optimizer.step)
+    assert_same(weights(model), before)
+    assert not optimizer.state
+    optimizer.zero_grad()
+    asam.backward(closure)
+    optimizer.step()  # and outside it is taken
+    assert not torch.equal(model[0].weight, before["0.weight"])
+
+
+def test_a_step_of_a_gradient_scaler_that_would_be_lost_is_refused():
+    model, closure = problem()
+    asam, optimizer = ASAM(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(closure()).backward()
+    with asam.perturbed():
+        scaler.scale(closure()).backward()
+        with pytest.raises(RuntimeError, match="SGD took a step while its parameters are perturbed"):
+            scaler.step(optimizer)
+
+
+def test_an_optimizer_of_another_model_may_step_in_between():
+    model, closure = problem()
+    other = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    before = weights(other)
+    other(torch.ones(3, 2)).sum().backward()
+    ASAM(model).backward(changing(closure, 2, optimizer.step))
+    assert not torch.equal(other.weight, before["weight"])
+
+
+def step_as_soon_as_there_is_a_gradient(model):
+    """The optimizer in the backward pass, one for each parameter."""
+    optimizers = {param: torch.optim.SGD([param], lr=0.1) for param in model.parameters()}
+
+    def step(param):
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(step)
+
+
+def test_an_optimizer_in_the_backward_pass_is_refused():
+    model, closure = problem()
+    step_as_soon_as_there_is_a_gradient(model)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"SGD took a step .* nor in a hook"):
+        ASAM(model).backward(closure)
+    assert_same(weights(model), before)
+
+
+def test_an_optimizer_in_the_backward_pass_of_an_ascent_that_writes_grad_is_refused():
+    # it has stepped by then, and taken the gradient away
+    for run in (
+        lambda asam, optimizer, closure: asam.backward(closure, backward=torch.Tensor.backward),
+        lambda asam, optimizer, closure: optimizer.step(lambda: (loss := closure(), loss.backward())[0]),
+    ):
+        model, closure = problem()
+        step_as_soon_as_there_is_a_gradient(model)
+        asam = ASAM(model)
+        optimizer = SharpnessAwareOptimizer(asam, torch.optim.SGD(model.parameters(), lr=0.1))
+        with pytest.raises(RuntimeError, match="no perturbed parameter has a gradient"):
+            run(asam, optimizer, closure)
+
+
+def test_with_rho_zero_an_optimizer_in_the_backward_pass_is_that_of_a_plain_loop():
+    model, closure = problem()
+    expected = {name: weights(model)[name] - 0.1 * g for name, g in gradient(model, closure).items()}
+    step_as_soon_as_there_is_a_gradient(model)
+    ASAM(model, rho=0).backward(closure)
+    assert_near(weights(model), expected)
+
+
+@pytest.mark.parametrize("width", [6, LARGE])
+@pytest.mark.parametrize("failing", [False, True])
+def test_weights_come_back_into_other_memory(failing, width):
+    model, closure = problem(width)
+    before = weights(model)
+    new = torch.full_like(model[0].weight.data, 7.0)
+
+    def change():
+        model[0].weight.data = new
+        if failing:
+            raise ValueError("boom")
+
+    if failing:
+        with pytest.raises(ValueError, match="boom"):
+            ASAM(model).backward(changing(closure, 2, change))
+    else:
+        ASAM(model).backward(changing(closure, 2, change))
+    assert model[0].weight.data_ptr() == new.data_ptr()
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("width", [6, LARGE])
+def test_weights_come_back_in_another_dtype(width):
+    model, closure = problem(width)
+    before = weights(model)
+    ASAM(model).backward(changing(closure, 2, model.float))
+    assert_same(weights(model), {name: tensor.float() for name, tensor in before.items()})
+
+
+@pytest.mark.parametrize("width", [6, LARGE])
+def test_a_change_of_shape_is_refused_and_undone(width):
+    model, closure = problem(width)
+    before = weights(model)
+
+    def perturbed_then_resized():
+        with ASAM(model).perturbed():
+            model[0].weight.data = torch.zeros(3, 2, dtype=torch.float64)
+
+    closure().backward()
+    with pytest.raises(RuntimeError, match=r"shape of a parameter changed .* 0\.weight\. Change the model between"):
+        perturbed_then_resized()
+    assert_same(weights(model), before)
+
+
+def test_everything_comes_back_when_a_change_of_shape_makes_the_backward_pass_fail():
+    model, closure = problem()
+    before = weights(model)
+
+    def change():
+        model[0].weight.data = torch.zeros(3, 2, dtype=torch.float64)
+
+    with pytest.raises(RuntimeError, match="size"):
+        ASAM(model).backward(changing(closure, 2, change))
+    assert_same(weights(model), before)
+
+
+def test_a_new_parameter_is_not_perturbed_and_the_old_one_comes_back():
+    # as an optimizer that was made before does not step it
+    model, closure = problem()
+    old, before = model[2].weight, weights(model)
+    asam = ASAM(model)
+    new = nn.Parameter(torch.ones_like(old))
+    model[2].weight = new
+    seen = []
+    asam.backward(lambda: (seen.append(weights(model)), closure())[1])
+    assert torch.equal(seen[0]["2.weight"], seen[1]["2.weight"])
+    assert not torch.equal(seen[0]["0.weight"], seen[1]["0.weight"])
+    assert new.grad is not None
+    assert old.grad is None
+    assert torch.equal(old, before["2.weight"])
+
+
+class MaxNorm(nn.Linear):
+    """Keeps the norm of its rows small, in the forward pass and with a new tensor each time."""
+
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 1.0)
+        return super().forward(x)
+
+
+class Clamped(nn.Linear):
+    """Keeps its weights small, in the forward pass and in place."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.clamp_(-0.4, 0.4)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("width", [6, LARGE])
+@pytest.mark.parametrize("layer", [MaxNorm, Clamped])
+def test_weights_that_the_forward_pass_constrains(layer, width):
+    model = layer(width, 3 if width == 6 else width).double()
+    inputs = torch.randn(4, width, dtype=torch.float64)
+    with torch.no_grad():
+        model.weight.mul_(5)
+
+    def closure():
+        return model(inputs).square().mean()
+
+    closure()  # w is what the layer makes of the weights
+    w = weights(model)
+    ASAM(model, rho=2.0).backward(closure)
+    assert_same(weights(model), w)
+    if width == 6:
+        descent, e = gradients(model), maximizer(w, gradient(model, closure), 2.0)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                param.add_(e[name])
+        assert_near(descent, gradient(model, closure))
+        assert not torch.equal(model.weight, w["weight"] + e["weight"])
+
+
+def test_an_embedding_with_a_largest_norm():
+    model = nn.Embedding(6, 3, max_norm=1.0).double()
+    tokens = torch.tensor([0, 2, 2, 5])
+
+    def closure():
+        return (model(tokens) * torch.arange(3.0)).square().mean()
+
+    closure()
+    w = weights(model)
+    ASAM(model, rho=1.0).backward(closure)
+    assert_same(weights(model), w)
+    assert model.weight.grad.norm() > 0
