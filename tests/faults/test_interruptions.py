@@ -6,6 +6,7 @@ is raised at each such place, one after the other.
 
 import dis
 import functools
+import itertools
 import sys
 from collections import Counter
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def places(code):
     instructions = list(dis.get_instructions(code))
     after = {
         instruction.offset
-        for before, instruction in zip(instructions, instructions[1:], strict=False)
+        for before, instruction in itertools.pairwise(instructions)
         if before.opname.startswith(("CALL", "RESUME"))
     }
     return after | {instruction.argval for instruction in instructions if instruction.opname.startswith("JUMP_BACK")}

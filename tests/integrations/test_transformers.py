@@ -364,6 +364,7 @@ def test_what_shards_gradients_its_own_way_is_refused(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # those of torch's compiler
 def test_torch_compile(tmp_path):
     model = network()
     reference = copy.deepcopy(model)

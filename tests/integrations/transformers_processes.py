@@ -1,18 +1,21 @@
-"""Run by torchrun in two processes: Trainer under DistributedDataParallel against one process that has both shards."""
+"""Run by torchrun in two processes: Trainer with DistributedDataParallel and FSDP2 against one process."""
 
 import copy
 import sys
 
 import torch
 import torch.distributed as dist
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from slow_reference import assert_near, weights
-from transformers_problem import Aware, batches, cross_entropy, network, sentences, trainer
+from torch.distributed.tensor import DTensor
+from transformers_problem import Aware, batches, by_hand, cross_entropy, network, sentences, trainer
 
 from asam import ASAM
 
 
-class Noting(Aware):
-    """Notes how often gradients were reduced when an optimizer step was due."""
+class OwnLoss(Aware):
+    """With the mean over each micro-batch, which the model's own loss does not let Trainer scale correctly."""
 
     loss_is_scaled_for_ga = False
 
@@ -26,7 +29,7 @@ def check(folder, shared):
     training = trainer(
         folder,
         model,
-        kind=Noting,
+        kind=OwnLoss,
         more={"asam": lambda model: ASAM(model, sync_ascent=shared)},
         gradient_accumulation_steps=2,
         per_device_train_batch_size=2,
@@ -64,8 +67,39 @@ def check(folder, shared):
     assert_near(weights(model), weights(reference), rtol=1e-10, atol=1e-12)
 
 
+class Sharded(OwnLoss):
+    """With the state that Accelerate has under FSDP2 on GPUs; on the CPU it would take DistributedDataParallel."""
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["BertLayer"],
+            cpu_ram_efficient_loading=False,
+        )
+        self.is_fsdp_enabled = True
+
+
+def check_sharded(folder):
+    model = network()
+    reference = copy.deepcopy(model)
+    training = trainer(
+        folder, model, kind=Sharded, per_device_train_batch_size=2, max_grad_norm=0.05, ddp_backend="gloo"
+    )
+    training.train()
+    sharded = training.asam._model
+    assert all(isinstance(param, DTensor) for param in sharded.parameters())
+    by_hand(reference, ASAM(reference), [[batch] for batch in batches(sentences())[:3]], max_norm=0.05)
+    whole = {name: param.full_tensor() for name, param in sharded.named_parameters()}
+    assert_near(whole, weights(reference), rtol=1e-10, atol=1e-12)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for shared in (False, True):
         check(sys.argv[1], shared)
+    check_sharded(sys.argv[1])
     print("same")
