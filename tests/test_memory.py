@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from slow_reference import applied, assert_near, assert_same, gradient, gradients, weights
+from slow_reference import applied, assert_near, assert_same, gradient, gradients, maximizer, weights
 from torch import nn
 from trainings import DIRECTIONS, REMEMBERING, Training
 
@@ -98,15 +98,21 @@ def test_a_parameter_that_gets_its_first_gradient_late(direction):
         training.optimizer.zero_grad()
     if direction in REMEMBERING:
         assert list(training.memory()) == ["conv.weight", "conv.bias"]
-    own = gradient(model, lambda: training.loss(0))["head.weight"]
+    remembered = training.memory() if direction in REMEMBERING else {}
+    g = gradient(model, lambda: training.loss(0))
     seen = applied(training.asam, model, lambda: training.loss(0))
     moved = not torch.equal(seen[-1]["head.weight"], model.head.weight)
     assert moved == isinstance(training.asam._direction, Gradient)
+    if moved:  # d = g where there is no mean yet, whatever its weight
+        weight, mean = training.asam._direction.weight, training.asam._direction.mean
+        d = {n: weight * g[n] + mean * remembered[n] if n in remembered else g[n] for n in training.asam._params}
+        e = maximizer({n: model.get_parameter(n).detach() for n in d}, d, 0.3)
+        assert_near({n: seen[-1][n] for n in d}, {n: model.get_parameter(n) + e[n] for n in d})
     training.optimizer.step()
     if direction in REMEMBERING:
         assert set(training.memory()) == {"conv.weight", "conv.bias", "head.weight", "head.bias"}
         if moved:
-            assert torch.equal(training.memory()["head.weight"], own)
+            assert torch.equal(training.memory()["head.weight"], g["head.weight"])
     seen = applied(training.asam, model, lambda: training.loss(0))
     assert not torch.equal(seen[-1]["head.weight"], model.head.weight)
 
@@ -201,20 +207,22 @@ def test_each_micro_batch_remembers_its_own_part(direction, backward):
 @pytest.mark.parametrize("direction", REMEMBERING)
 def test_half_precision_is_remembered_in_float32(direction, dtype):
     training = Training(direction, dtype=dtype)
-    scale = 2.0**14 if dtype == torch.float16 else 1.0
+    training.asam.backward(lambda: training.loss(0))
+    assert all(value.dtype == torch.float32 for value in training.memory().values())
+    training = Training(direction, dtype=dtype)
     before = weights(training.model)
     for step in range(3):
         training.asam.backward(
-            lambda step=step: training.loss(step) * 1e-4, backward=lambda loss: (loss * scale).backward()
+            lambda step=step: training.loss(step) * 1e-7, backward=lambda loss: (loss * 2.0**23).backward()
         )
         training.optimizer.zero_grad()
     memory = training.memory()
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in memory.values())
-    # in float16 the gradients without their loss scale would be denormal: all but a few bits lost
+    # in float16 the gradients without their loss scale would be 0
     full = Training(direction, dtype=torch.float32)
     full.model.load_state_dict({name: w.float() for name, w in before.items()})
     for step in range(3):
-        full.asam.backward(lambda step=step: full.loss(step) * 1e-4)
+        full.asam.backward(lambda step=step: full.loss(step) * 1e-7)
         full.optimizer.zero_grad()
     for name, value in full.memory().items():
         torch.testing.assert_close(memory[name], value, rtol=0, atol=0.03 * value.abs().max().item())

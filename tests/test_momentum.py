@@ -117,6 +117,23 @@ def test_statistics_are_those_at_w_and_other_buffers_move_once(momentum, kind):
     assert training.model[1].num_batches_tracked == 4
 
 
+@pytest.mark.parametrize("kind", OWN)
+def test_a_resumed_training_looks_when_it_would_have(kind):
+    training, resumed = Normalized(kind), Normalized(kind)
+    for step in range(3):
+        training.step(step)
+    resumed.inputs = training.inputs
+    for part in ("model", "optimizer", "asam"):
+        getattr(resumed, part).load_state_dict(copy.deepcopy(getattr(training, part).state_dict()))
+    looked = []
+    for step in range(3, 9):
+        for each in (training, resumed):
+            each.step(step)
+            looked.append(len(each.passes) == 2)
+        assert_same(resumed.statistics(), training.statistics())
+    assert looked[::2] == looked[1::2] == [False, True, False, False, True, False]
+
+
 @pytest.mark.parametrize("looking", [True, False])
 def test_weights_and_statistics_come_back_after_an_exception(looking):
     training = Normalized(every=1 if looking else 100)

@@ -126,6 +126,6 @@ def test_importing_is_cheap():
     seconds, packages, modules = run.stdout.splitlines()
     assert float(seconds) < 0.1
     assert set(packages.split()) <= {"asam", "torch"}
-    core = "blocks checks closures combination direction economical geometry minimizer optimizer parameters "
+    core = "blocks checks closures combination direction economical geometry minimizer optimizer parameters passes "
     core += "perturbation projection replicas sharding"
     assert set(modules.split()) == {f"asam.{name}" for name in core.split()}

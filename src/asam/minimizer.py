@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_rho
-from .closures import Closure, as_closures, check_reaches_parameters, checked, descend, loss_of, total
+from .closures import Closure, as_closures, checked, descend, total
 from .combination import Combine, combine_
 from .direction import Gradient, Momentum
 from .geometry import Geometry
 from .parameters import selected_parameters
+from .passes import Passes
 from .perturbation import RandomState, perturbed, run_at, running_statistics
 from .replicas import Replicas
-from .sharding import Unsharded, check_sharding, is_sharded
+from .sharding import Unsharded, check_sharding
 
 
 class ASAM:
@@ -101,7 +102,8 @@ class ASAM:
         for name, param in self._params.items():
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
-        self._sharded = check_sharding(model, self._params)
+        sharded = check_sharding(model, self._params)
+        self._passes = Passes(model, self._params, self._replicas, self._unsharded, sharded, type(self).__name__)
         self._direction = Gradient() if direction is None else direction
         self._combine = combine
         if combine is not None and self._replicas and not sync_ascent:
@@ -113,7 +115,6 @@ class ASAM:
             raise ValueError("combine needs the gradient at w, and direction=Momentum(...) takes none")
         self._active = False
         self._loss_at = "w"
-        self._missing = 0
 
     @property
     def rho(self) -> float:
@@ -177,31 +178,25 @@ class ASAM:
             if self.rho == 0:
                 return descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
-            # the graph of a sharded model ends in whole parameters that come and go: its gradients are in .grad alone
-            through = self._sharded or backward is not None
-            units: tuple[list[Tensor], list[Tensor]] = ([], [])
-            with self._replicas.apart(accumulating=through):
-                if through:
-                    loss, names, params, grads = self._climb_through(ascents, backward, units[0])
-                else:
-                    loss, names, params, grads = self._climb(ascents)
+            loss, names, params, grads, units_at_w = self._passes.ascend(ascents, backward, averaged=self.sync_ascent)
             after = self._random_state() if self.replay_rng else None
             at_w = list(grads) if self._combine else []
-            grads = self._direction.climbed(names, grads, units[0])
+            grads = self._direction.climbed(names, grads, units_at_w)
+            units: list[Tensor] = []
 
             def descent() -> None:
                 if before is not None:
                     before.restore()
                 try:
-                    descend(descents, backward, units[1])
+                    descend(descents, backward, units)
                 finally:
                     if after is not None:
                         after.restore()
 
-            with self._set_aside() if self._combine else nullcontext():
+            with self._passes.alone() if self._combine else nullcontext():
                 run_at(self._moved(names, params, grads, self.rho), descent)
                 if self._combine:
-                    combine_(self._combine, params, at_w, units)
+                    combine_(self._combine, params, at_w, (units_at_w, units))
         return loss
 
     def _without_ascent(
@@ -223,7 +218,7 @@ class ASAM:
             with torch.no_grad():
                 loss = total([checked(closure()).detach() for closure in closures])
         units: list[Tensor] = []
-        with self._set_aside() if momentum.observes_descent else nullcontext():
+        with self._passes.alone() if momentum.observes_descent else nullcontext():
             if found:
                 names, params, values = (list(column) for column in zip(*found, strict=True))
                 # after a look at w every buffer has moved
@@ -233,7 +228,8 @@ class ASAM:
             else:
                 there = descend(closures, backward, units)
             if momentum.observes_descent:
-                names, params, grads = self._present([param.grad for param in self._params.values()])
+                grads_there = [param.grad for param in self._params.values()]
+                names, _, grads = self._passes.present(self._params, grads_there, averaged=False)
                 momentum.observe(names, grads, units)
         self._loss_at = "w" if loss is not None or not found else "w + e"
         return there if loss is None else loss
@@ -247,35 +243,6 @@ class ASAM:
         keeping: Iterable[nn.Module] | None = None,
     ) -> Generator[None, None, None]:
         return perturbed(self._model, self._unsharded, self.geometry, names, params, grads, rho, keeping)
-
-    @contextmanager
-    def _set_aside(self) -> Iterator[None]:
-        """Run a block that finds no gradients, and add what it leaves in ``.grad`` to those that were there."""
-        self._unsharded.let_go()
-        everything = self._everything()
-        earlier = [param.grad for param in everything]
-        if self._replicas and any(grad is not None for grad in earlier):
-            raise RuntimeError(
-                "combine, and a Momentum with a memory of its own, need the gradient of one call alone, which "
-                "DistributedDataParallel does not give where gradients accumulate: clear them after each call with "
-                "optimizer.zero_grad(), or use Momentum(optimizer)"
-            )
-        for param in everything:
-            param.grad = None
-        new: list[Tensor | None] = [None] * len(everything)
-        try:
-            yield
-            new = [param.grad for param in everything]
-        finally:
-            for param, before, grad in zip(everything, earlier, new, strict=True):
-                param.grad = before
-                if before is None:
-                    param.grad = grad
-                elif grad is not None:
-                    before.add_(grad)
-
-    def _everything(self) -> list[Tensor]:
-        return list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -300,7 +267,7 @@ class ASAM:
         with self._entered():
             # a layer frozen since the last step may hold its old gradient
             grads_at_w = [param.grad if param.requires_grad else None for param in self._params.values()]
-            names, params, grads = self._present(grads_at_w)
+            names, params, grads = self._passes.present(self._params, grads_at_w, averaged=self.sync_ascent)
             del grads_at_w
             self._clear_grads()
             yield from self._moved(names, params, grads, self.rho)
@@ -356,68 +323,6 @@ class ASAM:
     def _random_state(self) -> RandomState:
         return RandomState({param.device for param in self._params.values()})
 
-    def _climb(self, closures: Sequence[Closure]) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
-        """Loss and gradient at w of the perturbed parameters alone; no ``.grad`` is touched."""
-        trainable = {name: param for name, param in self._params.items() if param.requires_grad}
-        losses: list[Tensor] = []
-        grads: list[Tensor | None] = [None] * len(trainable)
-        for closure in closures:
-            loss = loss_of(closure)
-            if trainable:
-                new = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-                # not in place: autograd may hand out one buffer for two parameters
-                grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)]
-                missing = sum(grad is None for grad in new)
-                if missing > self._missing:  # to look at the graph takes long: once
-                    check_reaches_parameters(loss)
-                    self._missing = missing
-            losses.append(loss.detach())
-        return total(losses), *self._present(grads, trainable)
-
-    def _climb_through(
-        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor]
-    ) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
-        """The same by a backward pass into ``.grad``, with those of earlier micro-batches set aside for the while."""
-        self._unsharded.let_go()
-        everything = self._everything()
-        earlier = [param.grad for param in everything]
-        for param in everything:
-            param.grad = None
-        try:
-            loss = descend(closures, backward, units)
-            grads = [param.grad for param in self._params.values()]
-        finally:
-            for param, grad in zip(everything, earlier, strict=True):
-                param.grad = grad
-        return loss, *self._present(grads)
-
-    def _present(
-        self, grads: list[Tensor | None], params: Mapping[str, nn.Parameter] | None = None
-    ) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        """Names, parameters and gradients of the parameters that have a gradient, on any process if averaged."""
-        params = self._params if params is None else params
-        for name, grad in zip(params, grads, strict=True):
-            if grad is not None and grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not take sparse gradients, and {name!r} has one: build the layer with "
-                    "sparse=False, or leave it out with params=..."
-                )
-        if self.sync_ascent and not self._sharded:
-            self._replicas.average_(list(params.values()), grads)
-        found = [(name, params[name], grad) for name, grad in zip(params, grads, strict=True) if grad is not None]
-        if not found:
-            raise RuntimeError(
-                "no perturbed parameter has a gradient: the loss must depend on a parameter of the model that "
-                "requires one, and perturbed() needs loss.backward() before it"
-                + (
-                    "; with FSDP2, make ASAM after fully_shard, and leave set_requires_gradient_sync(True)"
-                    if is_sharded(self._model.parameters())
-                    else ""
-                )
-            )
-        names, chosen, values = zip(*found, strict=True)
-        return list(names), list(chosen), list(values)
-
 
 class SAM(ASAM):
     """Sharpness-Aware Minimization: ASAM with no normalization, a ball of fixed size around the weights.
@@ -459,9 +364,3 @@ class SAM(ASAM):
             direction=direction,
             combine=combine,
         )
-
-
-def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:
-    if grad is None or more is None:
-        return more if grad is None else grad
-    return grad + more
