@@ -65,7 +65,7 @@ class Module(LightningModule):
 
     def on_train_start(self):
         if isinstance(self.trainer.model, DistributedDataParallel):
-            self.trainer.model.register_comm_hook(self.log_of_passes, reduce)
+            watch(self.trainer.model, self.log_of_passes)
 
     def training_step(self, batch):
         self.log_of_passes.append("forward")
@@ -73,6 +73,18 @@ class Module(LightningModule):
 
     def configure_optimizers(self):
         return sgd(self)
+
+
+def watch(model, log):
+    """Note each reduction of gradients, and each time that the buffers of the first process are sent around."""
+    model.register_comm_hook(log, reduce)
+    send = model._sync_buffers
+
+    def sent():
+        log.append("buffers")
+        send()
+
+    model._sync_buffers = sent
 
 
 def reduce(log, bucket):
@@ -105,12 +117,13 @@ def ddp_is_the_loop_written_by_hand(rank):
                 module = fit(Module(), DDPStrategy(**options), batches(rank), accumulate=accumulate, **asked)
 
                 model, log = DistributedDataParallel(network(), **options), []
-                model.register_comm_hook(log, reduce)
+                watch(model, log)
                 asam, optimizer = ASAM(model, **asked), sgd(model)
 
                 def loss(batch, model=model, log=log, accumulate=accumulate):
+                    output = model(batch)
                     log.append("forward")
-                    return model(batch).square().mean() / accumulate
+                    return output.square().mean() / accumulate
 
                 for i, batch in enumerate(2 * batches(rank), start=1):
                     with nullcontext() if i % accumulate == 0 else model.no_sync():
@@ -119,7 +132,7 @@ def ddp_is_the_loop_written_by_hand(rank):
                         optimizer.step()
                         optimizer.zero_grad()
                 assert module.log_of_passes == log, (options, module.log_of_passes, log)
-                assert log.count("reduce") == 12 // accumulate, log
+                assert log.count("reduce") == log.count("buffers") == 12 // accumulate, log
                 for one, other in zip(
                     module.network.state_dict().values(), model.module.state_dict().values(), strict=True
                 ):

@@ -192,7 +192,7 @@ def _unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
     """Run a training_step that logs nothing, and that no torchmetrics metric counts."""
     loggers = trainer.loggers
     with ExitStack() as stack:
-        stack.enter_context(_replaced(pl_module, log=_nothing, log_dict=_nothing, print=_nothing))
+        stack.enter_context(_replaced(pl_module, log=_nothing, print=_nothing))
         for metric in [module for module in pl_module.modules() if isinstance(module, Metric)]:
             # copies, since an update may write in place
             states = {k: v.clone() if isinstance(v, Tensor) else list(v) for k, v in metric.metric_state.items()}
