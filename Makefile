@@ -8,7 +8,7 @@ READY := .venv/ready
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-STUDIES := geometry toy invariance rescaling correlation rho noise images imagenet translation bound bias
+STUDIES := geometry toy invariance rescaling correlation rho noise images imagenet translation bound bias cost
 
 .PHONY: demo test test-slow check bench reproduce clean
 

@@ -78,13 +78,13 @@ def test_rho_wherever_it_is_taken(value, error, got):
 
 @pytest.mark.parametrize(("state", "got"), [({}, r"\[\]"), ({"rho": 1.0, "eta": 0.1}, r"\['eta', 'rho'\]")])
 def test_state_dict_keys(state, got):
-    with pytest.raises(ValueError, match=f"^state_dict must have the one key 'rho', got {got}$"):
+    with pytest.raises(ValueError, match=f"^state_dict must have the keys \\['rho'\\], got {got}$"):
         ASAM(nn.Linear(2, 1)).load_state_dict(state)
 
 
 @pytest.mark.parametrize(("state", "got"), [(None, "NoneType"), (0.5, "float"), (["rho"], "list")])
 def test_state_dict_must_be_a_mapping(state, got):
-    with pytest.raises(TypeError, match=f"^state_dict must be a mapping with the one key 'rho', got {got}$"):
+    with pytest.raises(TypeError, match=f"^state_dict must be a mapping, got {got}$"):
         ASAM(nn.Linear(2, 1)).load_state_dict(state)
 
 
@@ -209,7 +209,7 @@ def test_replay_needs_backward():
     model, closure = shapes_problem()
     closure().backward()
     with (
-        pytest.raises(RuntimeError, match=r"^replay_rng=True needs both passes: call backward\(closure\)"),
+        pytest.raises(RuntimeError, match=r"^replay_rng=True needs the whole step: call backward\(closure\)"),
         ASAM(model, replay_rng=True).perturbed(),
     ):
         raise AssertionError("the block must not run")

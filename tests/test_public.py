@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import asam
-from asam import ASAM, SAM, Geometry, SharpnessAwareOptimizer
+from asam import ASAM, SAM, EconomicalASAM, Geometry, Gradient, Momentum, SharpnessAwareOptimizer
 
 IMPORT = """
 import sys, time, torch, torch.optim
@@ -41,7 +41,10 @@ def test_names():
     assert asam.__all__ == [
         "ASAM",
         "SAM",
+        "EconomicalASAM",
         "Geometry",
+        "Gradient",
+        "Momentum",
         "SharpnessAwareOptimizer",
         "norm_parameters",
         "weight_parameters",
@@ -61,6 +64,8 @@ def test_signatures():
         ("*params", None),
         ("*replay_rng", False),
         ("*sync_ascent", False),
+        ("*direction", None),
+        ("*combine", None),
     ]
     assert arguments(SAM) == [
         ("model", REQUIRED),
@@ -70,6 +75,26 @@ def test_signatures():
         ("*params", None),
         ("*replay_rng", False),
         ("*sync_ascent", False),
+        ("*direction", None),
+        ("*combine", None),
+    ]
+    assert arguments(Gradient) == [("weight", 1.0), ("mean", 0.0), ("decay", 0.9)]
+    assert arguments(Momentum) == [("optimizer", None), ("*decay", 0.9), ("*statistics_every", 10)]
+    assert arguments(EconomicalASAM) == [
+        ("model", REQUIRED),
+        ("*steps", REQUIRED),
+        ("*rho", 0.5),
+        ("*momentum_rho", None),
+        ("*exact", 0.25),
+        ("*warmup", 0),
+        ("*optimizer", None),
+        ("*decay", 0.9),
+        ("*statistics_every", 10),
+        ("*eta", 0.01),
+        ("*normalization", "elementwise"),
+        ("*p", 2),
+        ("*bias", "unscaled"),
+        ("*params", None),
     ]
     assert arguments(Geometry) == [("normalization", "elementwise"), ("p", 2), ("eta", 0.01), ("bias", "unscaled")]
     assert arguments(SharpnessAwareOptimizer) == [("asam", REQUIRED), ("base_optimizer", REQUIRED)]
@@ -78,10 +103,12 @@ def test_signatures():
 
 
 def test_methods():
-    assert arguments(ASAM.backward)[1:] == [("closure", REQUIRED), ("*ascent", None), ("*backward", None)]
+    for kind in (ASAM, EconomicalASAM):
+        assert arguments(kind.backward)[1:] == [("closure", REQUIRED), ("*ascent", None), ("*backward", None)]
+        assert arguments(kind.state_dict)[1:] == []
+        assert arguments(kind.load_state_dict)[1:] == [("state_dict", REQUIRED)]
+        assert isinstance(kind.loss_at, property)
     assert arguments(ASAM.perturbed)[1:] == []
-    assert arguments(ASAM.state_dict)[1:] == []
-    assert arguments(ASAM.load_state_dict)[1:] == [("state_dict", REQUIRED)]
     assert arguments(Geometry.scales)[1:] == [("params", REQUIRED)]
     assert arguments(Geometry.norm)[1:] == [("params", REQUIRED), ("perturbations", REQUIRED)]
     assert arguments(Geometry.maximizer)[1:] == [("params", REQUIRED), ("grads", REQUIRED), ("rho", REQUIRED)]
@@ -99,5 +126,6 @@ def test_importing_is_cheap():
     seconds, packages, modules = run.stdout.splitlines()
     assert float(seconds) < 0.1
     assert set(packages.split()) <= {"asam", "torch"}
-    core = "blocks checks closures geometry minimizer optimizer parameters perturbation projection replicas sharding"
+    core = "blocks checks closures combination direction economical geometry minimizer optimizer parameters passes "
+    core += "perturbation projection replicas sharding"
     assert set(modules.split()) == {f"asam.{name}" for name in core.split()}

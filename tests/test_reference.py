@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from asam import ASAM, SAM, norm_parameters
+from asam import ASAM, SAM, Gradient, Momentum, norm_parameters
+
+
+def gsam(g00, g01, g11):
+    return -0.4, 1 + 0.4 * g01 / g11
+
 
 DATA = Path(__file__).parent / "reference"
 OFFICIAL = json.loads((DATA / "official_trajectories.json").read_text())
@@ -17,6 +22,17 @@ VARIANTS = {
     "asam_official": (lambda model: ASAM(model, rho=0.5, eta=0.01), 1e-12),
     "asam_davda54": (lambda model: ASAM(model, rho=2.0, eta=0.0, bias="scaled"), 1e-10),
     "sam_on": (lambda model: SAM(model, rho=0.5, params=norm_parameters(model)), 1e-12),
+    "friendly_sam": (lambda model: SAM(model, rho=0.2, direction=Gradient(mean=-1, decay=0.6)), 1e-12),
+    "friendly_asam": (
+        lambda model: ASAM(model, rho=0.2, eta=0.0, bias="scaled", direction=Gradient(mean=-1, decay=0.6)),
+        1e-12,
+    ),
+    # the recording code adds 1e-7 to the norm
+    "vasso": (lambda model: SAM(model, rho=0.2, direction=Gradient(0.4, 0.6, decay=0.6)), 1e-7),
+    # alpha = gamma / (1 - gamma) = 4
+    "wsam_coupled": (lambda model: SAM(model, rho=0.1, combine=lambda g00, g01, g11: (1 - 4.0, 4.0)), 1e-12),
+    "gsam": (lambda model: SAM(model, rho=0.1, combine=gsam), 1e-10),
+    "gsam_adaptive": (lambda model: ASAM(model, rho=0.1, eta=0.0, bias="scaled", combine=gsam), 1e-10),
     "asam_on": (lambda model: ASAM(model, rho=0.5, eta=0.01, bias="scaled", params=norm_parameters(model)), 1e-12),
 }
 
@@ -103,6 +119,15 @@ def test_the_asam_authors_steps(case, official):
     torch.testing.assert_close(losses, official[f"{key}/loss"], rtol=0, atol=1e-12)
 
 
+def test_momentum_sam(variants):
+    model = Normalized().double()
+    model.load_state_dict(below(variants, "initial/"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    asam = SAM(model, rho=0.3, direction=Momentum(optimizer))
+    _, trajectory = train(model, asam, optimizer, variants["inputs"], variants["targets"])
+    assert_within(trajectory[-1], below(variants, "momentum_sam/after8/"), 1e-10)
+
+
 @pytest.mark.parametrize("case", VARIANTS)
 def test_other_authors_steps(case, variants):
     make, tolerance = VARIANTS[case]
@@ -119,4 +144,6 @@ def test_other_authors_steps(case, variants):
 
 def test_every_recorded_case_is_run():
     assert len(OFFICIAL) == 12
-    assert set(VARIANTS) == {case["case"] for case in json.loads((DATA / "variant_trajectories.json").read_text())}
+    assert {*VARIANTS, "momentum_sam"} == {
+        case["case"] for case in json.loads((DATA / "variant_trajectories.json").read_text())
+    }

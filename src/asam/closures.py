@@ -25,16 +25,21 @@ def as_closures(argument: str, value: Closure | Sequence[Closure]) -> Sequence[C
 
 def loss_of(closure: Closure) -> Tensor:
     """The loss that a closure returns, once it is known to be a scalar with a graph."""
-    loss = closure()
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"closure must return the loss, a scalar tensor, got {type(loss).__name__}")
-    if loss.numel() != 1:
-        raise ValueError(f"closure must return a scalar tensor, got shape {tuple(loss.shape)}: take its mean or sum")
+    loss = checked(closure())
     if not loss.requires_grad:
         raise RuntimeError(
             "the closure's loss has no graph: compute it from the model without torch.no_grad() or .detach(), "
             "with a parameter that requires a gradient"
         )
+    return loss
+
+
+def checked(loss: Tensor) -> Tensor:
+    """The loss, once it is known to be a scalar tensor."""
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"closure must return the loss, a scalar tensor, got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"closure must return a scalar tensor, got shape {tuple(loss.shape)}: take its mean or sum")
     return loss
 
 
@@ -54,11 +59,20 @@ def check_reaches_parameters(loss: Tensor) -> None:
         nodes += [following for following, _ in node.next_functions]
 
 
-def descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None) -> Tensor:
-    """Run every closure and its backward pass, and return the sum of the losses."""
+def descend(
+    closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor] | None = None
+) -> Tensor:
+    """Run every closure and its backward pass, and return the sum of the losses.
+
+    Into ``units`` goes by what the user's ``backward`` multiplies each loss, a loss scale or a share of a batch: it is
+    the gradient that arrives at the loss.
+    """
     losses = []
     for closure in closures:
         loss = loss_of(closure)
+        if units is not None and backward is not None:
+            # a loss of shape (1,) is a scalar too
+            loss.register_hook(lambda unit: units.append(unit.detach().reshape(())))  # type: ignore[no-untyped-call]
         if backward is None:
             torch.autograd.backward(loss)
         else:

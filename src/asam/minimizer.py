@@ -7,20 +7,23 @@
 Optimizer, scheduler, gradient scaler, clipping, accumulation and checkpoints stay as they are.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checks import check_rho
-from .closures import Closure, as_closures, check_reaches_parameters, descend, loss_of, total
+from .closures import Closure, as_closures, checked, descend, total
+from .combination import Combine, combine_
+from .direction import Gradient, Momentum
 from .geometry import Geometry
 from .parameters import selected_parameters
-from .perturbation import RandomState, perturbed
+from .passes import Passes
+from .perturbation import RandomState, perturbed, run_at, running_statistics
 from .replicas import Replicas
-from .sharding import Unsharded, check_sharding, is_sharded
+from .sharding import Unsharded, check_sharding
 
 
 class ASAM:
@@ -37,6 +40,11 @@ class ASAM:
         sync_ascent: under DistributedDataParallel, whether the ascent gradient is averaged over the processes, which
             then share one perturbation, that of the whole batch. By default each climbs on its own shard of the batch
             and its ascent pass reduces nothing. With FSDP2 the gradient is that of the whole batch in any case.
+        direction: what is climbed, the gradient at w by default: a :class:`Gradient` with a mean of earlier ones, or a
+            :class:`Momentum`, which costs no pass at w. One belongs to one ASAM.
+        combine: takes the inner products <g0, g0>, <g0, g1> and <g1, g1> of the gradients at w and at w + e, scalar
+            tensors, and returns (c0, c1): what is added to ``.grad`` of the perturbed parameters is c0 g0 + c1 g1
+            instead of g1. g0 is kept until then, one more copy of them.
 
     Raises:
         ValueError, TypeError: an argument is not one of the above, or the model is wrapped in a way that cannot work.
@@ -66,6 +74,8 @@ class ASAM:
         params: Iterable[str | Tensor] | None = None,
         replay_rng: bool = False,
         sync_ascent: bool = False,
+        direction: Gradient | Momentum | None = None,
+        combine: Combine | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -73,6 +83,10 @@ class ASAM:
             raise TypeError(f"replay_rng must be a bool, got {type(replay_rng).__name__}")
         if not isinstance(sync_ascent, bool):
             raise TypeError(f"sync_ascent must be a bool, got {type(sync_ascent).__name__}")
+        if not isinstance(direction, Gradient | Momentum | None):
+            raise TypeError(f"direction must be a Gradient or a Momentum, got {type(direction).__name__}")
+        if combine is not None and not callable(combine):
+            raise TypeError(f"combine must be a callable, got {type(combine).__name__}")
         self.geometry = Geometry(normalization, p, eta, bias)
         self.rho = rho
         self.replay_rng = replay_rng
@@ -88,9 +102,19 @@ class ASAM:
         for name, param in self._params.items():
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
-        self._sharded = check_sharding(model, self._params)
+        sharded = check_sharding(model, self._params)
+        self._passes = Passes(model, self._params, self._replicas, self._unsharded, sharded, type(self).__name__)
+        self._direction = Gradient() if direction is None else direction
+        self._combine = combine
+        if combine is not None and self._replicas and not sync_ascent:
+            raise ValueError(
+                "combine under DistributedDataParallel needs sync_ascent=True: a combination with the gradient of one "
+                "process alone would let the replicas drift apart"
+            )
+        if combine is not None and not self._direction.needs_ascent:
+            raise ValueError("combine needs the gradient at w, and direction=Momentum(...) takes none")
         self._active = False
-        self._missing = 0
+        self._loss_at = "w"
 
     @property
     def rho(self) -> float:
@@ -102,8 +126,17 @@ class ASAM:
         check_rho(rho)
         self._rho = float(rho)
 
+    @property
+    def loss_at(self) -> str:
+        """Where the loss that ``backward`` returned last was taken, ``"w"`` or ``"w + e"``.
+
+        It is w, but for a :class:`Momentum` direction, whose one pass is at w + e.
+        """
+        return self._loss_at
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(rho={self.rho}, {self.geometry}, parameters={len(self._params)})"
+        more = "" if self._direction.needs_ascent and not self._direction.remembers else f", {self._direction!r}"
+        return f"{type(self).__name__}(rho={self.rho}, {self.geometry}{more}, parameters={len(self._params)})"
 
     def backward(
         self,
@@ -118,13 +151,13 @@ class ASAM:
             closure: computes the loss, a scalar tensor; forward only. It is called twice, at w and at w + e. Several
                 closures share one perturbation and their losses add up.
             ascent: what is climbed, if not ``closure``: for example the loss on a part of the batch. The loss returned
-                is then this one's.
+                is then this one's. Of no account for a :class:`Momentum`, which has no pass of its own to climb.
             backward: how to call backward on a loss, ``loss.backward()`` by default. With a gradient scaler:
                 ``lambda loss: scaler.scale(loss).backward()``; with Accelerate: ``accelerator.backward``. It runs in
                 both passes, and parameters outside the model then get the gradients of both, as they do with FSDP2.
 
         Returns:
-            The loss at w, detached: a scalar tensor.
+            The loss at w (at :attr:`loss_at`), detached: a scalar tensor.
 
         Raises:
             TypeError: a closure is not callable or does not return a tensor.
@@ -140,28 +173,76 @@ class ASAM:
         if backward is not None and not callable(backward):
             raise TypeError(f"backward must be a callable that takes the loss, got {type(backward).__name__}")
         with self._entered(), torch.enable_grad():
+            if isinstance(self._direction, Momentum):
+                return self._without_ascent(self._direction, descents, backward)
             if self.rho == 0:
                 return descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
-            # the graph of a sharded model ends in whole parameters that come and go: its gradients are in .grad alone
-            through = self._sharded or backward is not None
-            with self._replicas.apart(accumulating=through):
-                loss, names, params, grads = self._climb_through(ascents, backward) if through else self._climb(ascents)
+            loss, names, params, grads, units_at_w = self._passes.ascend(ascents, backward, averaged=self.sync_ascent)
             after = self._random_state() if self.replay_rng else None
-            moved = perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho)
-            try:
-                next(moved)
+            at_w = list(grads) if self._combine else []
+            grads = self._direction.climbed(names, grads, units_at_w)
+            units: list[Tensor] = []
+
+            def descent() -> None:
                 if before is not None:
                     before.restore()
                 try:
-                    descend(descents, backward)
+                    descend(descents, backward, units)
                 finally:
                     if after is not None:
                         after.restore()
-                next(moved, None)
-            finally:
-                moved.close()
+
+            with self._passes.alone() if self._combine else nullcontext():
+                run_at(self._moved(names, params, grads, self.rho), descent)
+                if self._combine:
+                    combine_(self._combine, params, at_w, (units_at_w, units))
         return loss
+
+    def _without_ascent(
+        self,
+        momentum: Momentum,
+        closures: Sequence[Closure],
+        backward: Callable[[Tensor], Any] | None,
+    ) -> Tensor:
+        """One forward-backward pass, at w + e, and now and then a forward pass at w."""
+        momenta = momentum.momenta(self._params) if self.rho else [None] * len(self._params)
+        found = [
+            (name, param, value)
+            for (name, param), value in zip(self._params.items(), momenta, strict=True)
+            if value is not None and param.requires_grad
+        ]
+        layers = running_statistics(self._model) if found else []
+        loss = None
+        if layers and momentum.looks():
+            with torch.no_grad():
+                loss = total([checked(closure()).detach() for closure in closures])
+        units: list[Tensor] = []
+        with self._passes.alone() if momentum.observes_descent else nullcontext():
+            if found:
+                names, params, values = (list(column) for column in zip(*found, strict=True))
+                # after a look at w every buffer has moved
+                keeping = layers if loss is None else None
+                moved = self._moved(names, params, values, -self.rho, keeping)
+                there = run_at(moved, lambda: descend(closures, backward, units))
+            else:
+                there = descend(closures, backward, units)
+            if momentum.observes_descent:
+                grads_there = [param.grad for param in self._params.values()]
+                names, _, grads = self._passes.present(self._params, grads_there, averaged=False)
+                momentum.observe(names, grads, units)
+        self._loss_at = "w" if loss is not None or not found else "w + e"
+        return there if loss is None else loss
+
+    def _moved(
+        self,
+        names: Sequence[str],
+        params: Sequence[Tensor],
+        grads: list[Tensor],
+        rho: float,
+        keeping: Iterable[nn.Module] | None = None,
+    ) -> Generator[None, None, None]:
+        return perturbed(self._model, self._unsharded, self.geometry, names, params, grads, rho, keeping)
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -182,15 +263,24 @@ class ASAM:
             >>> with asam.perturbed():
             ...     model(inputs).square().mean().backward()
         """
-        if self.replay_rng:
-            raise RuntimeError("replay_rng=True needs both passes: call backward(closure) instead of perturbed()")
+        self._check_passes_apart()
         with self._entered():
             # a layer frozen since the last step may hold its old gradient
             grads_at_w = [param.grad if param.requires_grad else None for param in self._params.values()]
-            names, params, grads = self._present(grads_at_w)
+            names, params, grads = self._passes.present(self._params, grads_at_w, averaged=self.sync_ascent)
             del grads_at_w
             self._clear_grads()
-            yield from perturbed(self._model, self._unsharded, self.geometry, names, params, grads, self.rho)
+            yield from self._moved(names, params, grads, self.rho)
+
+    def _check_passes_apart(self) -> None:
+        """Raise if the two passes cannot be the caller's own."""
+        for name, needed in (
+            ("replay_rng=True", self.replay_rng),
+            ("combine", self._combine is not None),
+            (f"direction={self._direction!r}", not self._direction.needs_ascent or self._direction.remembers),
+        ):
+            if needed:
+                raise RuntimeError(f"{name} needs the whole step: call backward(closure) instead of perturbed()")
 
     def _clear_grads(self) -> None:
         """Set the gradients of the whole model to None."""
@@ -199,19 +289,22 @@ class ASAM:
             param.grad = None
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes during training: ``rho``. The geometry is the constructor's."""
-        return {"rho": self.rho}
+        """What changes during training: ``rho``, and a memory of the direction. The geometry is the constructor's."""
+        return {"rho": self.rho, **self._direction.state_dict()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up the state of :meth:`state_dict`.
 
         Raises:
-            ValueError, TypeError: it is no mapping, has other keys, or its rho is not a finite number >= 0.
+            ValueError, TypeError: it is no mapping, has other keys, or a value is not what that key holds.
         """
         if not isinstance(state_dict, Mapping):
-            raise TypeError(f"state_dict must be a mapping with the one key 'rho', got {type(state_dict).__name__}")
-        if set(state_dict) != {"rho"}:
-            raise ValueError(f"state_dict must have the one key 'rho', got {sorted(map(str, state_dict))}")
+            raise TypeError(f"state_dict must be a mapping, got {type(state_dict).__name__}")
+        keys = sorted(self.state_dict())
+        if set(state_dict) != set(keys):
+            raise ValueError(f"state_dict must have the keys {keys}, got {sorted(map(str, state_dict))}")
+        check_rho(state_dict["rho"])
+        self._direction.load_state_dict(state_dict, self._params)
         self.rho = state_dict["rho"]
 
     @contextmanager
@@ -230,75 +323,13 @@ class ASAM:
     def _random_state(self) -> RandomState:
         return RandomState({param.device for param in self._params.values()})
 
-    def _climb(self, closures: Sequence[Closure]) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
-        """Loss and gradient at w of the perturbed parameters alone; no ``.grad`` is touched."""
-        trainable = {name: param for name, param in self._params.items() if param.requires_grad}
-        losses: list[Tensor] = []
-        grads: list[Tensor | None] = [None] * len(trainable)
-        for closure in closures:
-            loss = loss_of(closure)
-            if trainable:
-                new = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True)
-                # not in place: autograd may hand out one buffer for two parameters
-                grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)]
-                missing = sum(grad is None for grad in new)
-                if missing > self._missing:  # to look at the graph takes long: once
-                    check_reaches_parameters(loss)
-                    self._missing = missing
-            losses.append(loss.detach())
-        return total(losses), *self._present(grads, trainable)
-
-    def _climb_through(
-        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None
-    ) -> tuple[Tensor, list[str], list[Tensor], list[Tensor]]:
-        """The same by a backward pass into ``.grad``, with those of earlier micro-batches set aside for the while."""
-        self._unsharded.let_go()
-        everything = list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
-        earlier = [param.grad for param in everything]
-        for param in everything:
-            param.grad = None
-        try:
-            loss = descend(closures, backward)
-            grads = [param.grad for param in self._params.values()]
-        finally:
-            for param, grad in zip(everything, earlier, strict=True):
-                param.grad = grad
-        return loss, *self._present(grads)
-
-    def _present(
-        self, grads: list[Tensor | None], params: Mapping[str, nn.Parameter] | None = None
-    ) -> tuple[list[str], list[Tensor], list[Tensor]]:
-        """Names, parameters and gradients of the parameters that have a gradient, on any process if averaged."""
-        params = self._params if params is None else params
-        for name, grad in zip(params, grads, strict=True):
-            if grad is not None and grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{type(self).__name__} does not take sparse gradients, and {name!r} has one: build the layer with "
-                    "sparse=False, or leave it out with params=..."
-                )
-        if self.sync_ascent and not self._sharded:
-            self._replicas.average_(list(params.values()), grads)
-        found = [(name, params[name], grad) for name, grad in zip(params, grads, strict=True) if grad is not None]
-        if not found:
-            raise RuntimeError(
-                "no perturbed parameter has a gradient: the loss must depend on a parameter of the model that "
-                "requires one, and perturbed() needs loss.backward() before it"
-                + (
-                    "; with FSDP2, make ASAM after fully_shard, and leave set_requires_gradient_sync(True)"
-                    if is_sharded(self._model.parameters())
-                    else ""
-                )
-            )
-        names, chosen, values = zip(*found, strict=True)
-        return list(names), list(chosen), list(values)
-
 
 class SAM(ASAM):
     """Sharpness-Aware Minimization: ASAM with no normalization, a ball of fixed size around the weights.
 
     Args:
-        model, rho, p, bias, params, replay_rng, sync_ascent: as for :class:`ASAM`; of the bias policies, ``"scaled"``
-            and ``"unscaled"`` are the same here.
+        model, rho, p, bias, params, replay_rng, sync_ascent, direction, combine: as for
+            :class:`ASAM`; of the bias policies, ``"scaled"`` and ``"unscaled"`` are the same here.
 
     Source: Foret et al., arXiv:2010.01412.
 
@@ -318,6 +349,8 @@ class SAM(ASAM):
         params: Iterable[str | Tensor] | None = None,
         replay_rng: bool = False,
         sync_ascent: bool = False,
+        direction: Gradient | Momentum | None = None,
+        combine: Combine | None = None,
     ) -> None:
         super().__init__(
             model,
@@ -328,10 +361,6 @@ class SAM(ASAM):
             params=params,
             replay_rng=replay_rng,
             sync_ascent=sync_ascent,
+            direction=direction,
+            combine=combine,
         )
-
-
-def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:
-    if grad is None or more is None:
-        return more if grad is None else grad
-    return grad + more

@@ -90,6 +90,7 @@ class SharpnessAwareOptimizer(Optimizer):
         with torch.enable_grad():
             self.zero_grad()
             if self.asam.rho > 0:
+                self.asam._check_passes_apart()
                 # in parameters that the base does not hold, the gradients of earlier steps would add up
                 self.asam._clear_grads()
                 with self.asam._replicas.apart(accumulating=True):

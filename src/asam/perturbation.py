@@ -8,8 +8,8 @@ also come while they are brought back, between any two operations: then all of i
 optimizer would be lost with that, so it is refused meanwhile.
 """
 
-from collections.abc import Generator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from .blocks import CPU_BLOCK
 from .geometry import Geometry
 from .sharding import Unsharded, local
+
+Result = TypeVar("Result")
 
 # The parameters that are away from w just now, those of each perturbed() that is open.
 _away: dict[int, Sequence[Tensor]] = {}
@@ -31,11 +33,13 @@ def perturbed(
     params: Sequence[Tensor],
     grads: list[Tensor],
     rho: float,
+    keeping: Iterable[nn.Module] | None = None,
 ) -> Generator[None, None, None]:
-    """Yield once, at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``.
+    """Yield once, at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``; -e if rho < 0.
 
-    ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end. A bare generator: nothing
-    can interrupt its ``close()`` before that has begun, as Ctrl-C can interrupt the ``__exit__`` of a context manager.
+    ``grads`` is emptied. The extra memory is the saved copy of ``params``, let go at the end. Buffers come back, those
+    of the modules ``keeping`` if given. A bare generator: nothing can interrupt its ``close()`` before that has begun,
+    as Ctrl-C can interrupt the ``__exit__`` of a context manager.
 
     Raises:
         RuntimeError: an optimizer took a step on one of them meanwhile, or one has another shape afterwards.
@@ -44,7 +48,7 @@ def perturbed(
     cut: list[tuple[Tensor, Tensor]] = []
     resized: list[Tensor] = []
     with torch.no_grad():
-        buffers = Buffers(model)
+        buffers = Buffers(model.modules() if keeping is None else keeping)
 
     def bring_back() -> None:
         with torch.no_grad():
@@ -88,6 +92,17 @@ def perturbed(
         )
 
 
+def run_at(moved: Generator[None, None, None], block: Callable[[], Result]) -> Result:
+    """What a block returns that runs while the weights are where :func:`perturbed` has moved them."""
+    try:
+        next(moved)
+        result = block()
+        next(moved, None)
+        return result
+    finally:
+        moved.close()
+
+
 def _refuse_lost_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if not _away:
         return
@@ -118,13 +133,17 @@ def put_back(targets: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
     return []
 
 
-class Buffers:
-    """Every buffer of a model as it was when this was made."""
+def running_statistics(model: nn.Module) -> list[nn.Module]:
+    """The layers that collect running statistics now, to use them in evaluation."""
+    layers = (module for module in model.modules() if getattr(module, "running_mean", None) is not None)
+    return [layer for layer in layers if layer.training]
 
-    def __init__(self, model: nn.Module) -> None:
-        self._places = [
-            (module, name, buffer) for module in model.modules() for name, buffer in module._buffers.items()
-        ]
+
+class Buffers:
+    """Every buffer of these modules as it was when this was made."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._places = [(module, name, buffer) for module in modules for name, buffer in module._buffers.items()]
         # an expanded tensor cannot be written to, neither by the module nor here
         self._buffers = local(
             [

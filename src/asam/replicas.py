@@ -32,6 +32,9 @@ class Replicas:
                 "pass only: use torch.autocast"
             )
 
+    def __bool__(self) -> bool:
+        return bool(self._wrappers)
+
     @contextmanager
     def apart(self, *, accumulating: bool) -> Iterator[None]:
         """Run forward and backward passes that reduce nothing.

@@ -81,6 +81,28 @@ def over_shards(sizes: list[Tensor], spread: Sequence[tuple[Group, ...]], params
             sizes[i] = part
 
 
+def summed(values: Sequence[Tensor], spread: Sequence[tuple[Group, ...]]) -> Tensor:
+    """The sum over tensors, of which each local shard has a part: one collective for each group.
+
+    Args:
+        values: of one shape and device each.
+        spread: the groups over which each is to be added up.
+    """
+    parts: dict[tuple[Group, ...], list[Tensor]] = {}
+    for layout, value in zip(spread, values, strict=True):
+        parts.setdefault(layout, []).append(value)
+    totals = {layout: torch.stack(members).sum(dim=0) for layout, members in parts.items()}
+    for layout, total in totals.items():
+        for group in layout:
+            dist.all_reduce(total, group=group)
+    return torch.stack(list(totals.values())).sum(dim=0)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype to add up in: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def check_sharding(model: nn.Module, chosen: Mapping[str, Tensor]) -> bool:
     """Whether any parameter of the model is spread over processes.
 

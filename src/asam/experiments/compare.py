@@ -124,7 +124,7 @@ def execute(comparison: Comparison, folder: Path, workers: int, done: Callable[[
 
 def cost(run: Run) -> int:
     """Gradient passes over the training data."""
-    return run.epochs * run.passes
+    return round(run.epochs * run.passes)
 
 
 def results(comparison: Comparison, outcomes: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Two small ReLU networks, how to rescale one without changing its function, and the networks of the paper.
+"""Small networks, how to rescale one without changing its function, and the networks of the paper.
 
 Those come from pytorchcv, its own modules only: its front door needs torchvision. Their last pooling is over the whole
 image, so that images of 28x28 fit too; for 32x32 that is what they had.
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from . import InputError
 
-MODELS = ("mlp", "cnn")
+MODELS = ("mlp", "cnn")  # those that can be rescaled
+SMALL = (*MODELS, "vit")
 NAMES = (
-    *MODELS,
+    *SMALL,
     *("resnet20", "resnet32", "resnet56", "vgg19-bn", "densenet121", "resnext29-32x4d", "wrn28-2", "wrn28-10"),
     *("pyramidnet272", "resnet50"),
 )
@@ -25,7 +26,8 @@ def build(model: str, input_shape: tuple[int, ...], classes: int, dropout: float
     """The network of this name, for images of shape (channels, height, width).
 
     ``"mlp"``: two hidden layers of 128, each followed by ``dropout``. ``"cnn"``: three convolutions (16, 32, 32) with
-    batch norm. ``"resnet50"`` is ImageNet's; the others are those for CIFAR.
+    batch norm. ``"vit"``: a transformer of two layers of width 64 over 4x4 patches, 2x2 of images smaller than 16x16.
+    ``"resnet50"`` is ImageNet's; the others are those for CIFAR.
 
     Raises:
         InputError: there is no such network, it has no dropout, the images are too small, or pytorchcv is missing.
@@ -34,12 +36,14 @@ def build(model: str, input_shape: tuple[int, ...], classes: int, dropout: float
         raise InputError(f"there is no network {model!r}; there are {', '.join(NAMES)}")
     if dropout and model != "mlp":
         raise InputError(f"only the mlp has dropout, not {model}")
-    if model not in MODELS and min(input_shape[1:]) < 16:
+    if model not in SMALL and min(input_shape[1:]) < 16:
         raise InputError(f"{model} needs images of 16x16 or more, got {input_shape[1]}x{input_shape[2]}")
     if model == "mlp":
         return _mlp(math.prod(input_shape), classes, dropout)
     if model == "cnn":
         return _cnn(input_shape[0], classes)
+    if model == "vit":
+        return VisionTransformer(input_shape, classes)
     if model == "vgg19-bn":
         return Vgg19(input_shape[0], classes)
     network: nn.Module = _from_pytorchcv(model, input_shape[0], classes)
@@ -61,6 +65,28 @@ def _cnn(channels: int, classes: int) -> nn.Sequential:
     for width, out, stride in ((channels, 16, 1), (16, 32, 2), (32, 32, 2)):
         layers += [nn.Conv2d(width, out, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, classes))
+
+
+class VisionTransformer(nn.Module):
+    """Two pre-norm encoder layers over the patches of an image, their mean, and a linear layer."""
+
+    def __init__(self, input_shape: tuple[int, ...], classes: int, width: int = 64) -> None:
+        super().__init__()
+        channels, height, columns = input_shape
+        side = 2 if min(height, columns) < 16 else 4
+        self.patches = nn.Conv2d(channels, width, side, stride=side)
+        self.positions = nn.Parameter(0.02 * torch.randn((height // side) * (columns // side), width))
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 2 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(width), enable_nested_tensor=False)
+        self.output = nn.Linear(width, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits (n, classes) of images (n, channels, height, width)."""
+        tokens = self.patches(inputs).flatten(2).transpose(1, 2) + self.positions
+        logits: Tensor = self.output(self.encoder(tokens).mean(dim=1))
+        return logits
 
 
 class Vgg19(nn.Module):

@@ -35,6 +35,7 @@ STUDIES = (
     "translation",
     "bound",
     "bias",
+    "cost",
 )
 DATABASE = "runs.sqlite3"
 Progress = Callable[[int, int], None]  # runs done, runs planned so far

@@ -18,7 +18,14 @@ def _said(text: str, default: Any, *choices: str) -> Any:
 class Run:
     """One training run."""
 
-    method: str = _said("sgd: the plain gradient of the base optimizer; sam; asam.", "asam", "sgd", "sam", "asam")
+    method: str = _said(
+        "sgd: the plain gradient of the base optimizer; sam; asam; economical: against the momentum, then asam.",
+        "asam",
+        "sgd",
+        "sam",
+        "asam",
+        "economical",
+    )
     seed: int = _said("Fixes split, noisy labels, initial weights, batches and dropout.", 0)
     rho: float = _said("Neighborhood size; 0.5 if it is not given to asam train, for SAM 0.05.", 0.0)
     eta: float = _said("Stabilizer of T_w.", 0.01)
@@ -32,6 +39,12 @@ class Run:
         "weights",
         "norm",
     )
+    every: int = _said("Of sam and asam: one step of so many, the plain gradient in the others.", 1)
+    ascent_share: float = _said("Of sam and asam: the share of a batch that is climbed on.", 1.0)
+    exact: float = _said("Of economical: the share of exact steps, the last ones.", 0.25)
+    momentum_rho: float = _said("Of economical: rho against the momentum; 0: twice rho.", 0.0)
+    memory: str = _said("Of economical: its own mean of gradients, or the optimizer's.", "own", "own", "optimizer")
+    decay: float = _said("Of economical: decay of its own mean.", 0.9)
     optimizer: str = _said("The base optimizer.", "sgd", "sgd", "adam", "adamw")
     lr: float = _said("Learning rate.", 0.03)
     momentum: float = _said("Of SGD.", 0.9)
@@ -52,7 +65,7 @@ class Run:
     test_size: int | None = _said("Test and validation examples each; by default those of the data set.", None)
     noise: float = _said("Share of wrong training labels.", 0.0)
     augment: bool = _said("Random crops and flips.", False)
-    model: str = _said("mlp, cnn, or a network of pytorchcv such as resnet20 or wrn28-10.", "mlp")
+    model: str = _said("mlp, cnn, vit, or a network of pytorchcv such as resnet20 or wrn28-10.", "mlp")
     dropout: float = _said("Dropout rate.", 0.0)
     scale: float = _said("The initial network's first layer times this, the next divided by it.", 1.0)
     evaluate_every: int = _said("Epochs between evaluations.", 1)
@@ -63,9 +76,11 @@ class Run:
     precision: str = _said("Of the passes, by autocast.", "float32", "float32", "bfloat16", "float16")
 
     @property
-    def passes(self) -> int:
-        """Gradient evaluations per step."""
-        return 1 if self.method == "sgd" else 2
+    def passes(self) -> float:
+        """Gradient evaluations per step, in batches."""
+        if self.method == "economical":
+            return 1 + self.exact
+        return 1 if self.method == "sgd" else 1 + self.ascent_share / self.every
 
     def but(self, **changes: Any) -> "Run":
         """The same run with some fields changed."""
@@ -86,6 +101,11 @@ class Run:
             "rho": (0 <= self.rho < math.inf, "a finite number >= 0"),
             "eta": (0 <= self.eta < math.inf, "a finite number >= 0"),
             "p": (self.p > 1, "a number > 1 or inf"),
+            "every": (self.every >= 1, "at least 1"),
+            "ascent_share": (0 < self.ascent_share <= 1, "more than 0 and at most 1"),
+            "exact": (0 <= self.exact <= 1, "a share from 0 to 1"),
+            "momentum_rho": (0 <= self.momentum_rho < math.inf, "a finite number >= 0"),
+            "decay": (0 <= self.decay < 1, "at least 0 and less than 1"),
             "lr": (0 < self.lr < math.inf, "a finite number > 0"),
             "momentum": (0 <= self.momentum < 1, "at least 0 and less than 1"),
             "beta2": (0 <= self.beta2 < 1, "at least 0 and less than 1"),
@@ -108,6 +128,8 @@ class Run:
                 raise InputError(f"{name} must be {allowed}, got {getattr(self, name)}")
         if self.method != "sgd" and self.rho == 0:
             raise InputError(f"{self.method} needs rho > 0, got {self.rho}")
+        if self.method == "economical" and self.memory == "own" and self.parallel == "fsdp":
+            raise InputError("economical with parallel fsdp needs memory optimizer, which the checkpoint holds")
 
 
 def as_run(values: dict[str, Any], source: str) -> Run:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import ASAM, SAM, norm_parameters, weight_parameters
+from .. import ASAM, SAM, EconomicalASAM, norm_parameters, weight_parameters
 from .distributed import (
     Place,
     device_of,
@@ -61,7 +61,7 @@ class Training:
         factor = partial(_factor, run, self.steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "float16")
-        self.minimizer = _minimizer(run, self._called)
+        self.minimizer = _minimizer(run, self._called, self.optimizer, self.steps)
         self.generator = torch.Generator().manual_seed(run.seed)
         self._epoch_start = self.generator.get_state()
         self.step = 0
@@ -109,6 +109,7 @@ class Training:
             "optimizer": optimizer_state(self.network, self.optimizer, self.run, self.place),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "minimizer": {} if self.minimizer is None else self.minimizer.state_dict(),
             "epoch_start": self._epoch_start,
             "random": from_all(random.cpu(), self.place),
             "step": self.step,
@@ -122,6 +123,8 @@ class Training:
         load_optimizer_state(self.network, self.optimizer, state["optimizer"], self.run, self.place)
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+        if self.minimizer is not None:
+            self.minimizer.load_state_dict(state["minimizer"])
         self._epoch_start = state["epoch_start"]
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"][self.place.rank], self.device)
@@ -132,8 +135,10 @@ class Training:
     def _step(self, batch: tuple[Tensor, ...]) -> None:
         closure = partial(self._loss, batch)
         scale = (lambda loss: torch.autograd.backward(self.scaler.scale(loss))) if self.scaler.is_enabled() else None
-        if self.minimizer is not None:
-            self.minimizer.backward(closure, backward=scale)
+        if self.minimizer is not None and self.step % self.run.every == 0:
+            climbed = math.ceil(self.run.ascent_share * len(batch[0]))
+            part = closure if climbed == len(batch[0]) else partial(self._loss, tuple(x[:climbed] for x in batch))
+            self.minimizer.backward(closure, ascent=part, backward=scale)
         elif scale is not None:
             scale(closure())
         else:
@@ -177,13 +182,25 @@ def _factor(run: Run, steps: int, step: int) -> float:
     return 1.0
 
 
-def _minimizer(run: Run, network: nn.Module) -> ASAM | None:
+def _minimizer(
+    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, steps: int
+) -> ASAM | EconomicalASAM | None:
     if run.method == "sgd":
         return None
     choice = {"all": lambda network: None, "weights": weight_parameters, "norm": norm_parameters}[run.perturb]
-    chosen = choice(network)
+    ball: dict[str, Any] = {"rho": run.rho, "p": run.p, "bias": run.bias, "params": choice(network)}
     if run.method == "sam":
-        return SAM(network, rho=run.rho, p=run.p, bias=run.bias, params=chosen)
-    return ASAM(
-        network, rho=run.rho, eta=run.eta, normalization=run.normalization, p=run.p, bias=run.bias, params=chosen
+        return SAM(network, **ball)
+    ball |= {"eta": run.eta, "normalization": run.normalization}
+    if run.method == "asam":
+        return ASAM(network, **ball)
+    return EconomicalASAM(
+        network,
+        steps=steps,
+        momentum_rho=run.momentum_rho or None,
+        exact=run.exact,
+        warmup=run.warmup,
+        optimizer=optimizer if run.memory == "optimizer" else None,
+        decay=run.decay,
+        **ball,
     )

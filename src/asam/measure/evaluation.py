@@ -35,7 +35,7 @@ class Evaluation:
             # it restores the grad mode too, so it must not be entered under no_grad
             stack.enter_context(torch.inference_mode(False))
             with torch.no_grad():
-                self._buffers = self._between = Buffers(model)
+                self._buffers = self._between = Buffers(model.modules())
                 self.weights = copies([param.detach() for param in self._params])
             stack.callback(_set_modes, modes)
             stack.callback(RandomState(devices).restore)
@@ -76,7 +76,7 @@ class Evaluation:
             tensors = self._model.state_dict(keep_vars=True)
             for name, value in state.items():
                 tensors[name].data.copy_(value)
-            self._between = Buffers(self._model)
+            self._between = Buffers(self._model.modules())
 
     def means(self, pieces: Sequence[Piece]) -> dict[str, float]:
         """The mean loss and the other means over the pieces, weighted by examples, summed in float64."""

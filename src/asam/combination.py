@@ -1,0 +1,63 @@
+"""The gradient that is handed on: ``c0 g0 + c1 g1``, with g0 the gradient at w and g1 that at w + e.
+
+The coefficients are a function of the inner products <g0, g0>, <g0, g1> and <g1, g1> over the whole model, so that
+WSAM, GNP, GSAM and StableSAM are one line each. They stay on the device; no value is read back.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .direction import wide
+from .sharding import groups, local, summed, widest
+
+Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | float, Tensor | float]]
+
+
+def combine_(
+    combine: Combine,
+    params: Sequence[Tensor],
+    at_w: Sequence[Tensor],
+    units: tuple[Sequence[Tensor], Sequence[Tensor]],
+) -> None:
+    """Put ``c0 g0 + c1 g1`` in the place of g1 in ``.grad``.
+
+    Args:
+        combine: the coefficients from the three inner products, scalar tensors.
+        params: those that were perturbed.
+        at_w: their gradients g0.
+        units: by what the losses of the two passes were multiplied before their backward passes, empty for nothing.
+
+    Raises:
+        TypeError: ``combine`` does not return two coefficients.
+    """
+    with torch.no_grad():
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        g0, g1 = local(list(at_w)), local([param.grad for param in params if param.grad is not None])
+        products = _inner_products(g0, g1, params)
+        unit0, unit1 = (unit[-1].to(products) if unit else 1.0 for unit in units)
+        coefficients = combine(products[0] / unit0**2, products[1] / (unit0 * unit1), products[2] / unit1**2)
+        if not isinstance(coefficients, tuple) or len(coefficients) != 2:
+            raise TypeError(f"combine must return two coefficients (c0, c1), got {type(coefficients).__name__}")
+        c0, c1 = coefficients
+        c0 = c0 * (unit1 / unit0)
+        for before, now in zip(g0, g1, strict=True):
+            now.mul_(_like(c1, now)).add_(before * _like(c0, before))
+
+
+def _inner_products(g0: Sequence[Tensor], g1: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+    """<g0, g0>, <g0, g1> and <g1, g1> over the shards of all processes, in float64 where the device has it."""
+    home = g0[0].device
+    dtype = widest(home)
+    parts = [
+        torch.stack([torch.sum(x * y, dtype=dtype) for x, y in ((a, a), (a, b), (b, b))]).to(home, non_blocking=True)
+        for a, b in ((wide(x), wide(y)) for x, y in zip(g0, g1, strict=True))
+    ]
+    return summed(parts, [groups(param) for param in params])
+
+
+def _like(coefficient: Tensor | float, tensor: Tensor) -> Tensor | float:
+    return coefficient.to(tensor, non_blocking=True) if isinstance(coefficient, Tensor) else coefficient

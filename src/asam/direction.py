@@ -1,0 +1,245 @@
+"""What is climbed: the gradient at w, alone or with a mean of earlier ones, or momentum, which costs no pass at w.
+
+Nearly every relative of SAM climbs d = weight g + mean m, with g the gradient at w and m an exponential mean of such
+gradients. The momentum of a descent points downhill, so climbing is going against it; it is there before the step, and
+a step then costs one forward-backward pass.
+
+A maximizer depends on the direction of d alone, so d needs no bias correction and no unit.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .checks import check_count, check_number
+from .sharding import groups, local, summed, widest
+
+# Where torch's optimizers, and those built like them, keep a mean of their gradients.
+MOMENTA = ("momentum_buffer", "exp_avg")
+HALF = (torch.float16, torch.bfloat16)
+
+
+class Mean:
+    """An exponential mean of gradients, by the parameter's name. A gradient that is not finite leaves it as it was."""
+
+    def __init__(self, decay: float) -> None:
+        check_number("decay", decay, "a number >= 0 and < 1", lambda decay: 0 <= decay < 1)
+        self.decay = float(decay)
+        self.values: dict[str, Tensor] = {}
+
+    def update(self, names: Sequence[str], grads: Sequence[Tensor]) -> None:
+        """Take up gradients; the first of a parameter is its mean."""
+        with torch.no_grad():
+            finite = all_finite(grads)
+            for name, grad in zip(names, grads, strict=True):
+                here = finite.to(grad.device, non_blocking=True)
+                if name not in self.values:
+                    self.values[name] = torch.where(here, wide(grad), 0)
+                else:
+                    mean = self.values[name]
+                    mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means by the parameters' names, copies."""
+        return {"mean": {name: value.clone() for name, value in self.values.items()}}
+
+    def load(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
+        """Take copies of saved means of these parameters.
+
+        Raises:
+            TypeError: it is not a mapping to floating-point tensors.
+            ValueError: a name is not one of theirs, or a shape is not that parameter's.
+        """
+        if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
+            raise TypeError("state_dict's mean must be a mapping from names to tensors")
+        for name, value in values.items():
+            if name not in params:
+                raise ValueError(f"state_dict has a mean for {name!r}, which is not a perturbed parameter")
+            if value.shape != params[name].shape:
+                raise ValueError(
+                    f"state_dict has a mean of shape {tuple(value.shape)} for {name!r} of shape "
+                    f"{tuple(params[name].shape)}"
+                )
+            if not value.is_floating_point():
+                raise TypeError(f"state_dict has a mean of {value.dtype} for {name!r}, not of a floating-point type")
+        self.values = {name: value.detach().to(params[name].device, copy=True) for name, value in values.items()}
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Whether every element, of the shards of all processes, is finite, as a tensor: no value is read back."""
+    half = any(tensor.dtype in HALF for tensor in tensors)
+    sums = torch._foreach_norm(local(tensors), 1, dtype=torch.float32 if half else None)
+    home = sums[0].device
+    parts = [part.to(home, widest(home), non_blocking=True) for part in sums]
+    return summed(parts, [groups(tensor) for tensor in tensors]).isfinite()
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: in half precision small gradients, and products of them, would underflow."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def in_units(grads: list[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the loss itself, where a loss scale or a share of a batch multiplied it."""
+    return [wide(grad) / units[-1].to(grad.device, non_blocking=True) for grad in grads] if units else grads
+
+
+class Gradient:
+    """Climb the gradient at w, with a mean of earlier ones: ``d = weight g + mean m``.
+
+    After it, ``m <- decay m + (1 - decay) g``. Where there is no m yet, d = g, which then is m. With ``mean=0``, the
+    default, nothing is remembered.
+
+    Args:
+        weight, mean: the two coefficients, finite numbers.
+        decay: of the exponential mean, >= 0 and < 1.
+
+    Friendly SAM (arXiv:2403.12350) removes the mean: ``Gradient(mean=-sigma, decay=lmbda)``. VaSSO (arXiv:2309.15639)
+    climbs it: ``Gradient(weight=theta, mean=1 - theta, decay=1 - theta)``.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above.
+
+    Example:
+        >>> import torch
+        >>> from asam import ASAM
+        >>> model = torch.nn.Linear(3, 1)
+        >>> asam = ASAM(model, direction=Gradient(mean=-1.0, decay=0.6))
+        >>> loss = asam.backward(lambda: model(torch.randn(8, 3)).square().mean())
+    """
+
+    needs_ascent = True
+    observes_descent = False
+
+    def __init__(self, weight: float = 1.0, mean: float = 0.0, decay: float = 0.9) -> None:
+        for name, value in (("weight", weight), ("mean", mean)):
+            check_number(name, value, "a finite number", math.isfinite)
+        self.weight, self.mean = float(weight), float(mean)
+        self._memory = Mean(decay)
+
+    def __repr__(self) -> str:
+        return f"Gradient(weight={self.weight}, mean={self.mean}, decay={self._memory.decay})"
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a memory, and the size of a loss scale would be in it."""
+        return self.mean != 0
+
+    def climbed(self, names: Sequence[str], grads: list[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
+        """The directions for these gradients, which are taken up in the mean."""
+        if not self.remembers:
+            return grads
+        values = self._memory.values
+        with torch.no_grad():
+            grads = in_units(grads, units)
+            directions = [
+                grad if name not in values else self.weight * grad + self.mean * values[name]
+                for name, grad in zip(names, grads, strict=True)
+            ]
+        self._memory.update(names, grads)
+        return directions
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, if there is one."""
+        return self._memory.state_dict() if self.remembers else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        if self.remembers:
+            self._memory.load(state_dict["mean"], params)
+
+
+class Momentum:
+    """Climb against the momentum of the descent: one forward-backward pass a step, at w + e.
+
+    Args:
+        optimizer: climb against its momentum (SGD's ``momentum_buffer``, Adam's ``exp_avg``), as Momentum-SAM does
+            (arXiv:2401.12033). By default the direction has a memory of its own, an exponential mean of the gradients
+            at w + e.
+        decay: of that mean, >= 0 and < 1.
+        statistics_every: how often running statistics of batch normalization are taken, by a forward pass at w without
+            a gradient: in the first call and then every so many calls. Models without any do without it.
+
+    Before there is a momentum, e = 0. rho is larger than that of a gradient: 2 to 10 times.
+
+    Raises:
+        ValueError, TypeError: an argument is not one of the above.
+
+    Example:
+        >>> import torch
+        >>> from asam import ASAM
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        >>> asam = ASAM(model, rho=1.0, direction=Momentum(optimizer))
+        >>> loss = asam.backward(lambda: model(torch.randn(8, 3)).square().mean())
+    """
+
+    needs_ascent = False
+
+    def __init__(self, optimizer: Optimizer | None = None, *, decay: float = 0.9, statistics_every: int = 10) -> None:
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        check_count("statistics_every", statistics_every, 1)
+        self._optimizer = optimizer
+        self._memory = Mean(decay)
+        self.statistics_every = statistics_every
+        self._calls = 0
+
+    def __repr__(self) -> str:
+        source = f"decay={self._memory.decay}" if self._optimizer is None else type(self._optimizer).__name__
+        return f"Momentum({source})"
+
+    @property
+    def observes_descent(self) -> bool:
+        """Whether the gradient at w + e goes into a memory."""
+        return self._optimizer is None
+
+    @property
+    def remembers(self) -> bool:
+        """Whether there is a memory, and the size of a loss scale would be in it."""
+        return self._optimizer is None
+
+    def momenta(self, params: Mapping[str, Tensor]) -> list[Tensor | None]:
+        """The momentum of each parameter, the tensors themselves, None where there is none yet.
+
+        Raises:
+            RuntimeError: the optimizer keeps no momentum.
+        """
+        if self._optimizer is None:
+            return [self._memory.values.get(name) for name in params]
+        states = [self._optimizer.state.get(param, {}) for param in params.values()]
+        found = [next((s[key] for key in MOMENTA if s.get(key) is not None), None) for s in states]
+        # SGD leaves no state at all where it has no momentum
+        without = any(states) or all(group.get("momentum") == 0 for group in self._optimizer.param_groups)
+        if without and all(value is None for value in found):
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} keeps no momentum to climb against: give it one, such as "
+                "momentum=0.9, or use Momentum() with a memory of its own"
+            )
+        return found
+
+    def looks(self) -> bool:
+        """Whether the running statistics are due in this call."""
+        due = self._calls % self.statistics_every == 0
+        self._calls += 1
+        return due
+
+    def observe(self, names: Sequence[str], grads: list[Tensor], units: Sequence[Tensor]) -> None:
+        """Take up the gradients at w + e."""
+        with torch.no_grad():
+            self._memory.update(names, in_units(grads, units))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The memory, if there is one, and the number of calls."""
+        return {"calls": self._calls, **(self._memory.state_dict() if self.remembers else {})}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
+        """Take up what :meth:`state_dict` gave."""
+        check_count("calls", state_dict["calls"], 0)
+        if self.remembers:
+            self._memory.load(state_dict["mean"], params)
+        self._calls = state_dict["calls"]

@@ -1,0 +1,254 @@
+"""What ASAM costs, and what cheaper forms of it keep of its gain.
+
+ASAM takes two gradients a step. The cheaper forms climb seldom, on a part of the batch, or against the momentum, which
+takes none; the economical recipe is exact in the last steps only. The gain that a form keeps is (SGD - form) / (SGD -
+ASAM) in test error, on seeds that chose nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from .. import plots
+from ..data import load
+from ..run import Run
+from ..study import Figure, Finding, Findings, Outcome, Study, Table, finding
+from .tuned import SPLITS, Method, Tuning, lower, pair, trained
+
+RESAMPLES = 2000
+KEPT = 98.0  # per cent of the gain
+WALL_CLOCK = 1.10  # of SGD's
+ECONOMICAL = {0.05: "Economical, 5 % exact", 0.1: "Economical, 10 % exact", 0.25: "Economical, 25 % exact"}
+AGAINST = "Against own mean"
+MOMENTUM = "Against the optimizer's momentum"
+SEVERAL = ("ASAM, every 5th step", "ASAM, quarter batch", AGAINST, MOMENTUM, *ECONOMICAL.values())
+
+
+@dataclass(frozen=True)
+class Part:
+    """A task: data, network and optimizer, and the rho to try for ASAM; those of the other forms are multiples."""
+
+    name: str
+    dataset: str
+    model: str
+    noise: float
+    lr: float
+    epochs: int
+    rhos: tuple[float, ...]
+    sam: float  # rho of SAM in units of ASAM's
+    seeds: int
+    optimizer: str = "sgd"
+    weight_decay: float = 5e-4
+    warmup: int = 0
+    train_size: int | None = None
+    test_size: int | None = None
+    perturb: str = "all"
+    bias: str = "unscaled"
+
+    def but(self, **changes: Any) -> "Part":
+        """The same with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The tasks, and on how many seeds each form's rho is chosen."""
+
+    parts: tuple[Part, ...]
+    tuning_seeds: int = 3
+    data_dir: str | None = None
+
+
+def _tuning(settings: Settings, part: Part) -> Tuning:
+    base = Run(
+        "sgd",
+        dataset=part.dataset,
+        data_dir=settings.data_dir,
+        model=part.model,
+        noise=part.noise,
+        lr=part.lr,
+        epochs=part.epochs,
+        optimizer=part.optimizer,
+        weight_decay=part.weight_decay,
+        warmup=part.warmup,
+        train_size=part.train_size,
+        test_size=part.test_size,
+        perturb=part.perturb,
+        bias=part.bias,
+        evaluate_every=2 * part.epochs,  # at the end
+    )
+
+    def times(factor: float) -> tuple[float, ...]:
+        return tuple(factor * rho for rho in part.rhos)
+
+    # rho of the exact steps counts only where there are any
+    free: dict[str, Any] = {"method": "economical", "exact": 0.0, "rho": 1.0}
+    return Tuning(
+        groups={part.name: base},
+        methods=[
+            Method("SGD"),
+            Method("SGD, 1.25 times the epochs", {"epochs": round(1.25 * part.epochs)}),
+            Method("SGD, twice the epochs", {"epochs": 2 * part.epochs}),
+            Method("SAM", {"method": "sam"}, "rho", times(part.sam)),
+            Method("ASAM", {"method": "asam"}, "rho", part.rhos),
+            Method("ASAM, every 5th step", {"method": "asam", "every": 5}, "rho", times(2)),
+            Method("ASAM, quarter batch", {"method": "asam", "ascent_share": 0.25}, "rho", times(0.75)),
+            Method(AGAINST, free, "momentum_rho", times(2)),
+            Method(MOMENTUM, free | {"memory": "optimizer"}, "momentum_rho", times(2)),
+            *(
+                Method(label, {"method": "economical", "exact": exact}, "rho", part.rhos)
+                for exact, label in ECONOMICAL.items()
+            ),
+        ],
+        seeds=part.seeds,
+        tuning_seeds=settings.tuning_seeds,
+    )
+
+
+def _plan(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, Run]:
+    return {name: run for part in settings.parts for name, run in _tuning(settings, part).plan(outcomes).items()}
+
+
+def kept(
+    sgd: Sequence[float], form: Sequence[float], asam: Sequence[float]
+) -> tuple[float, float | None, float | None]:
+    """The gain kept, (SGD - form) / (SGD - ASAM) in per cent, and its bootstrap 95 % interval over paired seeds.
+
+    Example:
+        >>> kept([10.0], [6.0], [5.0])
+        (80.0, None, None)
+    """
+    errors = np.array([sgd, form, asam])
+
+    def ratio(means: np.ndarray) -> np.ndarray:
+        result: np.ndarray = 100 * (means[0] - means[1]) / (means[0] - means[2])
+        return result
+
+    estimate = float(ratio(errors.mean(axis=1)))
+    if len(sgd) < 2:
+        return estimate, None, None
+    draws = np.random.default_rng(0).integers(len(sgd), size=(RESAMPLES, len(sgd)))
+    low, high = np.quantile(ratio(errors[:, draws].mean(axis=2)), [0.025, 0.975])
+    return estimate, float(low), float(high)
+
+
+def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
+    findings: list[Finding] = []
+    tables, figures = [], []
+    for part in settings.parts:
+        tuning = _tuning(settings, part)
+        errors = {m.label: tuning.values(part.name, m.label, outcomes) for m in tuning.methods}
+        clock = {m.label: _wall_clock(tuning, part, m.label, outcomes) for m in tuning.methods}
+        gain = lower(f"ASAM has a lower test error than SGD: {part.name}", errors["ASAM"], errors["SGD"])
+        findings.append(gain)
+        gains = gain.high is not None and gain.high < 0
+        cells = {label: kept(errors["SGD"], errors[label], errors["ASAM"]) for label in SEVERAL} if gains else {}
+        for label, (estimate, low, high) in cells.items():
+            claim = f"{label} keeps {KEPT:g} % of ASAM's gain: {part.name}"
+            quantity = f"gain kept in %, at {clock[label]:.2f} of SGD's time"
+            findings.append(finding(claim, quantity, estimate, low, high, part.seeds, holds="above", limit=KEPT))
+        rows = [
+            (
+                m.label,
+                f"{_passes(tuning, part, m.label):.2f}",
+                f"{clock[m.label]:.2f}",
+                pair(errors[m.label]),
+                _interval(cells.get(m.label)),
+                tuning.chosen(part.name, m, outcomes),
+            )
+            for m in tuning.methods
+        ]
+        headings = ("method", "gradients", "time / SGD's", "test error %", "gain kept %", "rho chosen")
+        tables.append(Table(f"{part.name}, n = {part.seeds}", headings, rows))
+        svg = _frontier({label: (clock[label], errors[label]) for label in errors})
+        caption = f"Mean and standard error over {part.seeds} seeds; dashed: what ASAM reaches."
+        figures.append(Figure(part.name.replace(" ", "-").replace(",", ""), part.name, caption, svg))
+    notes = (
+        SPLITS,
+        "Time is CPU time of the training steps on one thread, evaluation left out, the mean over seeds over that of "
+        f"SGD. The aim is {KEPT:g} % of the gain at {WALL_CLOCK:g} of SGD's time, wherever ASAM has a gain.",
+        "Gain kept is of mean test errors, with a bootstrap interval over seeds, only where ASAM is better than SGD.",
+        "Each form's rho is chosen from as many values by validation error on seeds that are not reported. Of the "
+        "economical recipe, rho against the momentum is twice that of the exact steps.",
+    )
+    return Findings(findings, tables, figures, notes)
+
+
+def _passes(tuning: Tuning, part: Part, label: str) -> float:
+    method = next(m for m in tuning.methods if m.label == label)
+    run = tuning.groups[part.name].but(**method.changes)
+    return run.passes * run.epochs / part.epochs
+
+
+def _wall_clock(tuning: Tuning, part: Part, label: str, outcomes: Mapping[str, Outcome]) -> float:
+    """CPU time of the whole training in units of SGD's."""
+    method = next(m for m in tuning.methods if m.label == label)
+    longer = tuning.groups[part.name].but(**method.changes).epochs / part.epochs
+    seconds = [np.mean(tuning.values(part.name, of, outcomes, "seconds_per_step")) for of in (label, "SGD")]
+    return float(longer * seconds[0] / seconds[1])
+
+
+def _interval(cell: tuple[float, float | None, float | None] | None) -> str:
+    if cell is None:
+        return ""
+    estimate, low, high = cell
+    return f"{estimate:.0f}" if low is None else f"{estimate:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def _frontier(points: Mapping[str, tuple[float, Sequence[float]]]) -> str:
+    """Test error over time, a point a method."""
+
+    def draw(axes: Axes) -> None:
+        for i, (label, (clock, errors)) in enumerate(points.items()):
+            error = float(np.std(errors, ddof=1)) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
+            color = plots.color_of(label, i)
+            axes.errorbar(clock, np.mean(errors), yerr=error, color=color, marker="o", capsize=3, label=label)
+        axes.axhline(float(np.mean(points["ASAM"][1])), color=plots.COLORS["ASAM"], linestyle="--", linewidth=1)
+        axes.set_xlabel("time in units of SGD's")
+        axes.set_ylabel("test error (%)")
+        axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+    return plots.svg(draw, (9, 4))
+
+
+def _check(settings: Settings) -> None:
+    for part in settings.parts:
+        load(part.dataset, settings.data_dir, part.noise, 0, part.train_size)
+
+
+WEIGHTS: dict[str, Any] = {"perturb": "weights", "bias": "fixed"}
+ADAMW: dict[str, Any] = {"optimizer": "adamw", "weight_decay": 0.05, "warmup": 60}
+MLP = (1.5, 2.0, 3.0, 4.0)
+SMALLER = (0.5, 1.0, 1.5, 2.0)
+
+STUDY = Study(
+    name="cost",
+    title="Error against cost",
+    source="Beyond the paper: cheaper forms of ASAM",
+    settings={
+        "quick": Settings((Part("digits with noise", "digits", "mlp", 0.4, 0.03, 3, (2.0, 3.0), 0.13, 2),), 1),
+        "laptop": Settings(
+            (
+                Part("digits, 40 % noise", "digits", "mlp", 0.4, 0.03, 60, MLP, 0.13, 20),
+                Part("digits, clean", "digits", "mlp", 0.0, 0.03, 60, SMALLER, 0.13, 20),
+                Part(
+                    "transformer on digits, AdamW", "digits", "vit", 0.0, 2e-3, 30, (0.25, 0.5, 1.0, 2.0), 0.13, 10
+                ).but(**ADAMW, **WEIGHTS),
+                Part(
+                    "fashion-mnist, 40 % noise", "fashion-mnist", "cnn", 0.4, 0.1, 40, (1.0, 2.0, 3.0, 4.0), 0.13, 10
+                ).but(train_size=500, test_size=1000, **WEIGHTS),
+                Part("glyphs, clean", "glyphs", "mlp", 0.0, 0.05, 20, (0.5, 1.0, 1.5, 2.0), 0.13, 10).but(
+                    train_size=3000
+                ),
+            ),
+            tuning_seeds=2,
+        ),
+    },
+    plan=_plan,
+    perform=trained,
+    report=_report,
+    check=_check,
+)

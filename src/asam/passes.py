@@ -1,0 +1,172 @@
+"""Forward and backward passes, and the gradients that they leave for the parameters that are perturbed.
+
+The ascent pass leaves ``.grad`` alone: what earlier micro-batches have put there is to be added to, not climbed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .closures import Closure, check_reaches_parameters, descend, loss_of, total
+from .replicas import Replicas
+from .sharding import Unsharded, is_sharded
+
+
+class Ascent(NamedTuple):
+    """The loss at w, the parameters that have a gradient there, and by what a ``backward`` multiplied the losses."""
+
+    loss: Tensor
+    names: list[str]
+    params: list[Tensor]
+    grads: list[Tensor]
+    units: list[Tensor]
+
+
+class Passes:
+    """The passes of a model.
+
+    Args:
+        model: the module.
+        params: what is perturbed, by name.
+        replicas, unsharded: the wrappers in the model that have a word in its passes.
+        sharded: whether any parameter of the model is spread over processes.
+        caller: who does not take sparse gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, nn.Parameter],
+        replicas: Replicas,
+        unsharded: Unsharded,
+        sharded: bool,
+        caller: str,
+    ) -> None:
+        self._model, self._params = model, params
+        self._replicas, self._unsharded, self._sharded = replicas, unsharded, sharded
+        self._caller = caller
+        self._missing = 0  # parameters without a gradient, at most so far
+
+    def ascend(
+        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, *, averaged: bool
+    ) -> Ascent:
+        """Run the closures at w for their gradients; no ``.grad`` is changed.
+
+        Args:
+            closures: the losses, which add up.
+            backward: the user's, None for ``loss.backward()``.
+            averaged: whether the gradients are averaged over the replicas.
+        """
+        # the graph of a sharded model ends in whole parameters that come and go: its gradients are in .grad alone
+        through = self._sharded or backward is not None
+        units: list[Tensor] = []
+        with self._replicas.apart(accumulating=through):
+            if through:
+                params = dict(self._params)
+                loss, grads = self._into_grad(closures, backward, units)
+            else:
+                params = {name: param for name, param in self._params.items() if param.requires_grad}
+                loss, grads = self._apart_from_grad(closures, list(params.values()))
+            return Ascent(loss, *self.present(params, grads, averaged=averaged), units)
+
+    def _into_grad(
+        self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients by a backward pass into ``.grad``, with what was there set aside for the while."""
+        self._unsharded.let_go()
+        everything = self._everything()
+        earlier = [param.grad for param in everything]
+        for param in everything:
+            param.grad = None
+        try:
+            loss = descend(closures, backward, units)
+            return loss, [param.grad for param in self._params.values()]
+        finally:
+            for param, grad in zip(everything, earlier, strict=True):
+                param.grad = grad
+
+    def _apart_from_grad(
+        self, closures: Sequence[Closure], params: list[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Loss and gradients of these parameters alone."""
+        losses: list[Tensor] = []
+        grads: list[Tensor | None] = [None] * len(params)
+        for closure in closures:
+            loss = loss_of(closure)
+            if params:
+                new = torch.autograd.grad(loss, params, allow_unused=True)
+                # not in place: autograd may hand out one buffer for two parameters
+                grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)]
+                missing = sum(grad is None for grad in new)
+                if missing > self._missing:  # to look at the graph takes long: once
+                    check_reaches_parameters(loss)
+                    self._missing = missing
+            losses.append(loss.detach())
+        return total(losses), grads
+
+    def present(
+        self, params: Mapping[str, nn.Parameter], grads: list[Tensor | None], *, averaged: bool
+    ) -> tuple[list[str], list[Tensor], list[Tensor]]:
+        """Names, parameters and gradients of the parameters that have a gradient, on any process if averaged."""
+        for name, grad in zip(params, grads, strict=True):
+            if grad is not None and grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{self._caller} does not take sparse gradients, and {name!r} has one: build the layer with "
+                    "sparse=False, or leave it out with params=..."
+                )
+        if averaged and not self._sharded:
+            self._replicas.average_(list(params.values()), grads)
+        found = [(name, params[name], grad) for name, grad in zip(params, grads, strict=True) if grad is not None]
+        if not found:
+            raise RuntimeError(
+                "no perturbed parameter has a gradient: the loss must depend on a parameter of the model that "
+                "requires one, and perturbed() needs loss.backward() before it"
+                + (
+                    "; with FSDP2, make ASAM after fully_shard, and leave set_requires_gradient_sync(True)"
+                    if is_sharded(self._model.parameters())
+                    else ""
+                )
+            )
+        names, chosen, values = zip(*found, strict=True)
+        return list(names), list(chosen), list(values)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Run a block that finds no gradients, and add what it leaves in ``.grad`` to those that were there.
+
+        Raises:
+            RuntimeError: there were some, under DistributedDataParallel, which reduces what is accumulated as a whole.
+        """
+        self._unsharded.let_go()
+        everything = self._everything()
+        earlier = [param.grad for param in everything]
+        if self._replicas and any(grad is not None for grad in earlier):
+            raise RuntimeError(
+                "combine, and a Momentum with a memory of its own, need the gradient of one call alone, which "
+                "DistributedDataParallel does not give where gradients accumulate: clear them after each call with "
+                "optimizer.zero_grad(), or use Momentum(optimizer)"
+            )
+        for param in everything:
+            param.grad = None
+        new: list[Tensor | None] = [None] * len(everything)
+        try:
+            yield
+            new = [param.grad for param in everything]
+        finally:
+            for param, before, grad in zip(everything, earlier, new, strict=True):
+                param.grad = grad if before is None else before
+                if before is not None and grad is not None:
+                    before.add_(grad)
+
+    def _everything(self) -> list[Tensor]:
+        # a sharded model may hold whole parameters in place of the shards
+        return list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
+
+
+def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:
+    if grad is None or more is None:
+        return more if grad is None else grad
+    return grad + more

@@ -1,0 +1,323 @@
+"""Directions and combinations over two processes: replicas stay equal, shards take the steps of one process."""
+
+import copy
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from processes import batch, everywhere, launch, loss, network, whole_batch
+from slow_reference import assert_near, assert_same, gradients, weights
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from asam import ASAM, SAM, EconomicalASAM, Gradient, Momentum
+
+
+def test_two_processes(tmp_path):
+    launch(
+        tmp_path,
+        2,
+        replicas_take_the_steps_of_one_process,
+        replicas_with_memories_of_their_own_stay_equal,
+        replicas_look_at_w_together,
+        what_replicas_cannot_do_says_so,
+        shards_take_the_steps_of_one_process,
+        shards_accumulate_as_one_process_does,
+        shards_of_an_economical_training,
+        shards_with_a_loss_scale,
+        an_element_that_is_not_finite_counts_on_every_shard,
+        shards_keep_weights_and_gradients_after_an_exception,
+        checkpoint_of_a_sharded_memory,
+    )
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def surrogate(g00, g01, g11):
+    return -0.4, 1 + 0.4 * g01 / g11
+
+
+def stable(g00, g01, g11):
+    return 0.0, (g00 / g11).sqrt()
+
+
+WHOLE = {
+    "the optimizer's momentum": lambda optimizer: {"direction": Momentum(optimizer)},
+    "own momentum": lambda optimizer: {"direction": Momentum(decay=0.5)},
+    "mean": lambda optimizer: {"direction": Gradient(mean=-1.0, decay=0.6), "sync_ascent": True},
+    "surrogate": lambda optimizer: {"combine": surrogate, "sync_ascent": True},
+    "stable": lambda optimizer: {"combine": stable, "sync_ascent": True},
+    "both": lambda optimizer: {"direction": Gradient(0.4, 0.6), "combine": surrogate, "sync_ascent": True},
+}
+
+
+def whole(tensors):
+    """By the names of one process, and whole where they are sharded."""
+    plain = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in plain.items()}
+
+
+def assert_equal_everywhere(tensors):
+    for tensor in tensors:
+        one, *others = everywhere(tensor.detach())
+        assert all(torch.equal(one, other) for other in others)
+
+
+def memory(asam):
+    return asam.state_dict().get("mean", {})
+
+
+def assert_like_one_process(rank, model, options, steps=6, backward=None, make=ASAM):
+    single = flat()
+    optimizer, reference_optimizer = sgd(model), sgd(single)
+    asam, reference = make(model, rho=0.3, **options(optimizer)), make(single, rho=0.3, **options(reference_optimizer))
+    for step in range(steps):
+        value = asam.backward(lambda step=step: loss(model, batch(step, rank)), backward=backward)
+        expected = reference.backward(lambda step=step: loss(single, whole_batch(step)))
+        assert asam.loss_at == reference.loss_at
+        dist.all_reduce(value)
+        torch.testing.assert_close(value / 2, expected, rtol=1e-12, atol=1e-12)
+        for each in (optimizer, reference_optimizer):
+            each.step()
+            each.zero_grad()
+        assert_near(whole(weights(model)), weights(single), rtol=1e-12, atol=1e-12)
+    if make is ASAM:
+        assert_near(whole(memory(asam)), memory(reference), rtol=1e-11, atol=1e-12)
+    return asam
+
+
+def replicas_take_the_steps_of_one_process(rank):
+    for name, options in WHOLE.items():
+        for wrapped, backward in (
+            ({}, None),
+            ({}, torch.Tensor.backward),
+            ({"gradient_as_bucket_view": True, "find_unused_parameters": True}, None),
+        ):
+            model = DistributedDataParallel(flat(), **wrapped)
+            asam = assert_like_one_process(rank, model, options, 5, backward)
+            assert_equal_everywhere(model.parameters())
+            assert_equal_everywhere(memory(asam).values())
+            assert bool(memory(asam)) == (name in ("own momentum", "mean", "both"))
+        if "sync_ascent" not in options(None):
+            assert_like_one_process(rank, DistributedDataParallel(flat(), static_graph=True), options)
+
+
+def replicas_with_memories_of_their_own_stay_equal(rank):
+    model = DistributedDataParallel(network())
+    optimizer, asam = sgd(model), ASAM(model, rho=0.3, direction=Gradient(mean=-1.0, decay=0.6))
+    for step in range(10):
+        asam.backward(lambda step=step: loss(model, batch(step, rank)))
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_equal_everywhere(model.parameters())
+    one, other = everywhere(memory(asam)["module.head.weight"])
+    assert not torch.equal(one, other)
+
+
+def replicas_look_at_w_together(rank):
+    torch.manual_seed(3)
+    single = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    inputs = torch.randn(8, 2, 5, 3, dtype=torch.float64)
+    for direction in (
+        lambda optimizer: Momentum(optimizer, statistics_every=3),
+        lambda _: Momentum(statistics_every=3),
+    ):
+        model = DistributedDataParallel(copy.deepcopy(single))
+        optimizer = sgd(model)
+        asam = ASAM(model, direction=direction(optimizer))
+        for step in range(8):
+            asam.backward(lambda step=step, model=model: model(inputs[step, rank]).square().mean())
+            optimizer.step()
+            optimizer.zero_grad()
+        assert_equal_everywhere(model.parameters())
+        assert model.module[1].num_batches_tracked == 4
+
+
+def what_replicas_cannot_do_says_so(rank):
+    message = "^combine under DistributedDataParallel needs sync_ascent=True: a combination"
+    with pytest.raises(ValueError, match=message):
+        SAM(DistributedDataParallel(network()), combine=surrogate)
+    for options in ({"direction": Momentum()}, {"combine": surrogate, "sync_ascent": True}):
+        model = DistributedDataParallel(network())
+        asam = ASAM(model, **options)
+        asam.backward(lambda model=model: loss(model, batch(0, rank)))
+        before, earlier, remembered = weights(model), gradients(model), memory(asam)
+        with pytest.raises(RuntimeError, match=r"^combine, and a Momentum with a memory of its own, need the gradient"):
+            asam.backward(lambda model=model: loss(model, batch(1, rank)))
+        assert_same(weights(model), before)
+        assert_same(gradients(model), earlier)
+        assert_same(memory(asam), remembered)
+        model.zero_grad()
+        asam.backward(lambda model=model: loss(model, batch(1, rank)))
+    # against the optimizer's momentum, gradients may accumulate
+    model, single = DistributedDataParallel(network()), network()
+    optimizer, reference_optimizer = sgd(model), sgd(single)
+    asam, reference = ASAM(model, direction=Momentum(optimizer)), ASAM(single, direction=Momentum(reference_optimizer))
+    for step in range(4):
+        with model.no_sync():
+            asam.backward(lambda step=step: loss(model, batch(2 * step, rank)))
+        asam.backward(lambda step=step: loss(model, batch(2 * step + 1, rank)))
+        for part in (2 * step, 2 * step + 1):
+            reference.backward(lambda part=part: loss(single, whole_batch(part)))
+        for each in (optimizer, reference_optimizer):
+            each.step()
+            each.zero_grad()
+        assert_near(whole(weights(model)), weights(single))
+
+
+def flat():
+    """A network whose every parameter has a dimension to be cut along."""
+    model = network()
+    model.temperature = nn.Parameter(model.temperature.detach().reshape(1))
+    return model
+
+
+def sharded(**options):
+    model = flat()
+    for module in (model.conv, model.head, model):
+        fully_shard(module, **options)
+    return model
+
+
+def shards_take_the_steps_of_one_process(rank):
+    for options in WHOLE.values():
+        assert_like_one_process(rank, sharded(), options)
+        assert_like_one_process(rank, sharded(reshard_after_forward=False), options, 3)
+
+
+def shards_accumulate_as_one_process_does(rank):
+    for options in WHOLE.values():
+        model, single = sharded(), flat()
+        optimizer, reference_optimizer = sgd(model), sgd(single)
+        asam, reference = (ASAM(m, **options(o)) for m, o in ((model, optimizer), (single, reference_optimizer)))
+        for step in range(3):
+            for part in (2 * step, 2 * step + 1):
+                asam.backward(lambda part=part, model=model: loss(model, batch(part, rank)))
+                reference.backward(lambda part=part, single=single: loss(single, whole_batch(part)))
+            for each in (optimizer, reference_optimizer):
+                each.step()
+                each.zero_grad()
+            assert_near(whole(weights(model)), weights(single), rtol=1e-12, atol=1e-12)
+        assert_near(whole(memory(asam)), memory(reference), rtol=1e-11, atol=1e-12)
+
+
+def shards_of_an_economical_training(rank):
+    for options in (
+        lambda optimizer: {"steps": 8},
+        lambda optimizer: {"steps": 8, "optimizer": optimizer, "warmup": 2},
+    ):
+        assert_like_one_process(rank, sharded(), options, 8, make=EconomicalASAM)
+
+
+def shards_with_a_loss_scale(rank):
+    for options in WHOLE.values():
+        model, plain = sharded(), sharded()
+        optimizers = sgd(model), sgd(plain)
+        asam, reference = (ASAM(m, **options(o)) for m, o in zip((model, plain), optimizers, strict=True))
+        for step, scale in enumerate([3.0, 50.0, 0.2, 7.0]):
+            asam.backward(
+                lambda step=step, model=model: loss(model, batch(step, rank)),
+                backward=lambda x, s=scale: (s * x).backward(),
+            )
+            reference.backward(lambda step=step, plain=plain: loss(plain, batch(step, rank)))
+            for param in model.parameters():
+                param.grad /= scale
+            for each in optimizers:
+                each.step()
+                each.zero_grad()
+        assert_near(whole(weights(model)), whole(weights(plain)), rtol=1e-12, atol=1e-12)
+
+
+def an_element_that_is_not_finite_counts_on_every_shard(rank):
+    for direction in (Gradient(mean=-1.0), Momentum()):
+        model = nn.Linear(3, 4, bias=False).double()
+        fully_shard(model)
+        asam = SAM(model, direction=direction)
+        inputs = torch.ones(2, 3, dtype=torch.float64)
+        asam.backward(lambda model=model, inputs=inputs: model(inputs).square().mean())
+        before = {name: value.to_local().clone() for name, value in memory(asam).items()}
+        # of the last row, which lies in the second process
+        factors = torch.tensor([1.0, 1.0, 1.0, torch.inf])
+        asam.backward(lambda model=model, inputs=inputs, f=factors: (model(inputs) * f).sum())
+        assert_same({name: value.to_local() for name, value in memory(asam).items()}, before)
+
+
+def shards_keep_weights_and_gradients_after_an_exception(rank):
+    for options in WHOLE.values():
+        model = sharded()
+        optimizer = sgd(model)
+        asam = ASAM(model, **options(optimizer))
+        for step in range(2):
+            asam.backward(lambda step=step, model=model: loss(model, batch(step, rank)))
+            optimizer.step()
+        before, earlier = whole(weights(model)), whole(gradients(model))
+        needed, calls = 2 if asam._direction.needs_ascent else 1, []
+
+        def closure(model=model, needed=needed, calls=calls):
+            calls.append(None)
+            value = loss(model, batch(2, rank))
+            if len(calls) == needed:
+                raise KeyboardInterrupt
+            return value
+
+        with pytest.raises(KeyboardInterrupt):
+            asam.backward(closure)
+        assert_same(whole(weights(model)), before)
+        assert_same(whole(gradients(model)), earlier)
+
+
+def checkpoint_of_a_sharded_memory(rank):
+    with tempfile.TemporaryDirectory() as folder:
+        places = [folder]
+        dist.broadcast_object_list(places)
+        assert_resumes_from(rank, places[0])
+        dist.barrier()
+
+
+def assert_resumes_from(rank, folder):
+    def trained(steps, model, optimizer, asam):
+        for step in steps:
+            asam.backward(lambda step=step: loss(model, batch(step, rank)))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def parts():
+        model = sharded()
+        optimizer = sgd(model)
+        return model, optimizer, ASAM(model, direction=Momentum(decay=0.5))
+
+    first = parts()
+    trained(range(3), *first)
+    model, optimizer, asam = first
+    dcp.save(
+        {
+            "model": model.state_dict(),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+            "asam": asam.state_dict(),
+        },
+        checkpoint_id=folder,
+    )
+
+    second = parts()
+    model, optimizer, asam = second
+    # nothing is remembered yet: places for what is to be loaded
+    places = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
+    state = {
+        "model": model.state_dict(),
+        "optimizer": get_optimizer_state_dict(model, optimizer),
+        "asam": {**asam.state_dict(), "mean": places},
+    }
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    asam.load_state_dict(state["asam"])
+    trained(range(3, 6), *first)
+    trained(range(3, 6), *second)
+    assert_same(whole(weights(second[0])), whole(weights(first[0])))
+    assert_same(whole(memory(second[2])), whole(memory(first[2])))

@@ -1,0 +1,90 @@
+"""The code of docs/recipes.md runs as it stands there, and takes the passes that its table says."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from slow_reference import weights
+from torch import nn
+
+import asam
+
+PAGE = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+LOOP, *_ = re.findall(r"```python\n(.*?)```", PAGE.partition("\n## ")[0], re.DOTALL)
+CODE = dict(re.findall(r"^## ([^\n]*)\n(?:(?!\n## ).)*?```python\n(.*?)```", PAGE, re.DOTALL | re.MULTILINE))
+ROWS = [[cell.strip() for cell in line.split("|")[1:-1]] for line in PAGE.splitlines() if line.startswith("| ")]
+PASSES = {name: passes for name, passes, *_ in ROWS[1:]}
+STEPS, BATCH = 40, 16
+
+
+class Counting(nn.Module):
+    """A network that counts the samples it has seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Tanh(), nn.Linear(16, 3))
+        self.seen = 0
+
+    def forward(self, x):
+        self.seen += len(x)
+        return self.layers(x)
+
+
+class Training:
+    """What a recipe finds: a model, an optimizer, a criterion and batches."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        self.model = Counting()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.inputs = torch.randn(STEPS, BATCH, 6)
+        self.targets = (self.inputs[..., 0] > 0).long() + (self.inputs[..., 1] > 0.5).long()
+
+    def run(self, code):
+        names = {name: getattr(asam, name) for name in asam.__all__}
+        loader = list(zip(self.inputs, self.targets, strict=True))
+        names |= {"model": self.model, "optimizer": self.optimizer, "loader": loader, "torch": torch}
+        exec(code, names | {"criterion": nn.functional.cross_entropy})
+        return self.model.seen / (STEPS * BATCH)
+
+    def loss(self):
+        with torch.no_grad():
+            return nn.functional.cross_entropy(self.model(self.inputs).flatten(0, 1), self.targets.flatten()).item()
+
+
+def complete(recipe):
+    code = CODE[recipe]
+    return code if "for " in code else code + LOOP
+
+
+def test_the_table_lists_the_recipes_in_their_order():
+    assert list(PASSES) == list(CODE)
+    assert len(CODE) == 15
+
+
+@pytest.mark.parametrize("recipe", CODE)
+def test_a_recipe_learns_in_the_passes_of_the_table(recipe):
+    training = Training()
+    before = training.loss()
+    training.model.seen = 0
+    passes = training.run(complete(recipe))
+    if "to" in PASSES[recipe]:
+        low, high = map(float, PASSES[recipe].split(" to "))
+        assert low < passes < high
+    else:
+        assert passes == float(PASSES[recipe])
+    assert training.loss() < 0.8 * before
+
+
+def test_recipes_are_different_trainings():
+    ends = {}
+    for recipe in CODE:
+        training = Training()
+        training.run(complete(recipe))
+        ends[recipe] = weights(training.model)["layers.0.weight"]
+    plain = Training()
+    plain.run("asam = ASAM(model, rho=0)\n" + LOOP)
+    ends["plain"] = weights(plain.model)["layers.0.weight"]
+    distances = {(a, b): (ends[a] - ends[b]).norm().item() for a in ends for b in ends if a < b}
+    assert min(distances.values()) > 1e-3, min(distances, key=distances.get)
