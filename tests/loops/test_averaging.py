@@ -20,7 +20,9 @@ class Run:
         self.data = torch.randn(6, 16, 4, dtype=torch.float64)
 
     def step(self, batch):
+        before = weights(self.model)
         self.asam.backward(lambda: self.model(self.data[batch]).square().mean())
+        assert_same(weights(self.model), before)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return weights(self.model)
