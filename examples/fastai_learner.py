@@ -7,8 +7,8 @@
     SGD    23.3 ± 2.4 % test error, n = 3
     ASAM   11.3 ± 1.2 % test error, n = 3
 
-rho was chosen between 1 and 2 on seeds 100 and 101, whose test images are the same. ASAM takes two gradient passes where
-SGD takes one.
+rho was chosen between 1 and 2 on seeds 100 and 101, whose test images are the same. ASAM takes two gradient passes
+where SGD takes one.
 """
 
 import argparse
