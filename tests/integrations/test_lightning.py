@@ -249,6 +249,7 @@ class Logging(Module):
         self.both.update(loss)
         self.log("metric", self.mean, on_epoch=True)
         self.logger.log_metrics({"by hand": loss.item()}, step=self.global_step)
+        self.print("a step")
         return loss
 
     def on_train_epoch_end(self):
@@ -256,7 +257,7 @@ class Logging(Module):
         self.log("cat", self.cat.compute().sum())
 
 
-def test_nothing_is_logged_or_counted_twice():
+def test_nothing_is_logged_or_counted_twice(capsys):
     def logged(rho):
         module, notes = Logging(), Notes()
         # one step: what is logged of it cannot depend on rho
@@ -276,6 +277,7 @@ def test_nothing_is_logged_or_counted_twice():
     assert len(lines) == 3 + 1 + 1  # by hand, the step, the epoch
     assert lines[-1][0]["one"] == 3
     assert module.cat.update_count == 3
+    assert capsys.readouterr().out.count("a step") == 2 * 3  # plain, and with ASAM
     assert "log" not in vars(module)
 
 
@@ -508,4 +510,4 @@ def test_what_cannot_work_is_told_when_a_fit_starts(make, options, error, messag
 
 def test_ddp_and_fsdp2(tmp_path):
     script = Path(__file__).with_name("lightning_processes.py")
-    subprocess.run([sys.executable, script, tmp_path], check=True)
+    subprocess.run([sys.executable, script, tmp_path], check=True, timeout=300)
