@@ -3,9 +3,10 @@
 import copy
 import sys
 
+import pytest
 import torch
 import torch.distributed as dist
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DistributedType
 from slow_reference import assert_near, weights
 from torch.distributed.tensor import DTensor
@@ -67,32 +68,43 @@ def check(folder, shared):
     assert_near(weights(model), weights(reference), rtol=1e-10, atol=1e-12)
 
 
-class Sharded(OwnLoss):
-    """With the state that Accelerate has under FSDP2 on GPUs; on the CPU it would take DistributedDataParallel."""
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["BertLayer"],
-            cpu_ram_efficient_loading=False,
-        )
-        self.is_fsdp_enabled = True
+def pretend_gpus(training):
+    """The state that Accelerate has under FSDP2 on GPUs; on the CPU it would take DistributedDataParallel."""
+    state = training.accelerator.state
+    state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["BertLayer"],
+        cpu_ram_efficient_loading=False,
+    )
+    training.is_fsdp_enabled = True
+    assert training.accelerator.is_fsdp2
 
 
-def check_sharded(folder):
+def check_sharded(folder, sync_each_batch):
     model = network()
     reference = copy.deepcopy(model)
     training = trainer(
-        folder, model, kind=Sharded, per_device_train_batch_size=2, max_grad_norm=0.05, ddp_backend="gloo"
+        folder,
+        model,
+        kind=OwnLoss,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_grad_norm=0.05,
+        ddp_backend="gloo",
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": sync_each_batch}},
     )
+    pretend_gpus(training)
+    if not sync_each_batch:
+        with pytest.raises(RuntimeError, match=r"leave set_requires_gradient_sync\(True\)"):
+            training.train()
+        return
     training.train()
     sharded = training.asam._model
     assert all(isinstance(param, DTensor) for param in sharded.parameters())
-    by_hand(reference, ASAM(reference), [[batch] for batch in batches(sentences())[:3]], max_norm=0.05)
+    parts = batches(sentences())
+    by_hand(reference, ASAM(reference), [parts[:2], parts[2:4], parts[4:]], max_norm=0.05)
     whole = {name: param.full_tensor() for name, param in sharded.named_parameters()}
     assert_near(whole, weights(reference), rtol=1e-10, atol=1e-12)
 
@@ -101,5 +113,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for shared in (False, True):
         check(sys.argv[1], shared)
-    check_sharded(sys.argv[1])
+    for sync_each_batch in (False, True):
+        check_sharded(sys.argv[1], sync_each_batch)
     print("same")
