@@ -26,7 +26,7 @@ MILLIONS = {
 
 
 def test_all_networks_of_the_paper_are_counted():
-    assert set(NAMES) == {*MODELS, *MILLIONS}
+    assert set(NAMES) == {*MODELS, "vit", *MILLIONS}
 
 
 @pytest.mark.parametrize("model", MILLIONS)
@@ -47,7 +47,7 @@ def test_shape_of_the_logits(model, shape):
         assert network(torch.empty(2, *shape)).shape == (2, 36)
 
 
-@pytest.mark.parametrize("model", ["resnet20", "wrn28-2", "vgg19-bn"])
+@pytest.mark.parametrize("model", ["resnet20", "wrn28-2", "vgg19-bn", "vit"])
 def test_they_compute_and_every_parameter_gets_a_gradient(model):
     pytest.importorskip("pytorchcv")
     network = build(model, (1, 28, 28), 10)
@@ -95,7 +95,7 @@ def test_rescaling_an_mlp_with_dropout_passes_it_by():
 
 
 def test_what_cannot_be_is_refused(monkeypatch):
-    with pytest.raises(InputError, match=r"no network 'lenet'; there are mlp, cnn, resnet20, .*resnet50$"):
+    with pytest.raises(InputError, match=r"no network 'lenet'; there are mlp, cnn, vit, resnet20, .*resnet50$"):
         build("lenet", (1, 28, 28), 10)
     with pytest.raises(InputError, match="only the mlp has dropout, not cnn"):
         build("cnn", (1, 28, 28), 10, dropout=0.1)

@@ -19,6 +19,12 @@ BAD = {
     "p": [1, 0.5, -math.inf, math.nan],
     "bias": ["free"],
     "perturb": ["biases"],
+    "every": [0],
+    "ascent_share": [0.0, -0.5, 1.5, math.nan],
+    "exact": [-0.1, 1.1, math.nan],
+    "momentum_rho": [-1, math.inf, math.nan],
+    "memory": ["none"],
+    "decay": [-0.1, 1, math.nan],
     "optimizer": ["rmsprop"],
     "lr": [0, -1, math.inf, math.nan],
     "momentum": [-0.1, 1, math.nan],
@@ -92,7 +98,9 @@ def test_a_name_that_a_run_does_not_have():
     assert all(item.name in message for item in fields(Run))
 
 
-EVERYTHING = Run("sam", 3, 0.1, 0.02, "none", math.inf, "fixed", "norm", "adamw", 0.01, train_size=7, augment=True)
+EVERYTHING = Run(
+    "sam", 3, 0.1, 0.02, "none", math.inf, "fixed", "norm", optimizer="adamw", lr=0.01, train_size=7, augment=True
+)
 
 
 def test_a_run_stored_as_json_is_read_back_equal(tmp_path):

@@ -143,6 +143,7 @@ KINDS = {
     "sgd": "--method sgd",
     "asam": "--rho 0.5",
     "asam, dropout": "--rho 0.5 --dropout 0.3",
+    "economical": "--method economical --rho 0.5 --exact 0.5",
     "asam, adam": "--rho 0.5 --optimizer adam --lr 0.001 --schedule inverse-sqrt --warmup 3 --clip 1",
     "asam, cnn, augmented": "--rho 0.5 --model cnn --augment --batch-size 250 --evaluate-every 1",
 }

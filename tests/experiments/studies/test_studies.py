@@ -14,7 +14,7 @@ from asam.experiments import data, reproduce
 from asam.experiments.studies import tuned
 from asam.experiments.study import CONTRADICTED, REPRODUCES, UNDECIDED
 
-NAMES = ("rescaling", "noise", "bias", "rho", "bound", "correlation", "images", "imagenet")
+NAMES = ("rescaling", "noise", "bias", "rho", "bound", "correlation", "images", "imagenet", "cost")
 FIELDS = ["claim", "quantity", "estimate", "low", "high", "n", "verdict"]
 
 

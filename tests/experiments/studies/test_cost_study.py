@@ -1,0 +1,85 @@
+"""Error against cost: what is counted, and what of ASAM's gain is kept."""
+
+import numpy as np
+import pytest
+
+from asam.experiments.studies import cost
+from asam.experiments.study import CONTRADICTED, REPRODUCES
+
+SETTINGS = cost.Settings((cost.Part("digits", "digits", "mlp", 0.4, 0.03, 8, (1.0, 2.0, 3.0), 0.1, seeds=6),), 1)
+
+
+def outcomes_of(errors, seconds):
+    """Made-up outcomes: the errors of a method by its label, plus the seed; the middle rho is the best."""
+    outcomes = {}
+    while True:
+        planned = cost.STUDY.plan(SETTINGS, outcomes)
+        if planned.keys() <= outcomes.keys():
+            return outcomes
+        for name, run in planned.items():
+            label = name.split("/")[1]
+            size = run.momentum_rho or run.rho
+            outcomes.setdefault(
+                name,
+                {
+                    "test_error": errors[label] + 0.01 * run.seed,
+                    "validation_error": abs(size / 2 - 1),
+                    "seconds_per_step": seconds[label],
+                },
+            )
+
+
+def labels():
+    return [method.label for method in cost._tuning(SETTINGS, SETTINGS.parts[0]).methods]
+
+
+def test_gain_kept_and_its_verdicts():
+    errors = dict.fromkeys(labels(), 12.0) | {"SGD": 30.0, "ASAM": 10.0, cost.ECONOMICAL[0.1]: 9.0}
+    seconds = dict.fromkeys(labels(), 2.0) | {"SGD": 1.0, cost.ECONOMICAL[0.1]: 1.09}
+    found = cost.STUDY.report(SETTINGS, outcomes_of(errors, seconds))
+    by_claim = {item.claim: item for item in found.findings}
+    kept = by_claim["Economical, 10 % exact keeps 98 % of ASAM's gain: digits"]
+    assert kept.verdict == REPRODUCES
+    assert kept.estimate == pytest.approx(105.0)
+    assert "1.09 of SGD's time" in kept.quantity
+    lost = by_claim["Economical, 5 % exact keeps 98 % of ASAM's gain: digits"]
+    assert lost.verdict == CONTRADICTED
+    assert lost.estimate == pytest.approx(90.0)
+
+
+def test_without_a_gain_there_is_nothing_to_keep():
+    found = cost.STUDY.report(SETTINGS, outcomes_of(dict.fromkeys(labels(), 9.0), dict.fromkeys(labels(), 1.0)))
+    assert [item.verdict for item in found.findings] == [CONTRADICTED]
+
+
+def test_gradients_and_time_are_those_of_the_whole_training():
+    seconds = dict.fromkeys(labels(), 3.0) | {"SGD": 2.0}
+    found = cost.STUDY.report(SETTINGS, outcomes_of(dict.fromkeys(labels(), 9.0), seconds))
+    rows = {row[0]: row[1:3] for row in found.tables[0].rows}
+    assert rows["SGD"] == ("1.00", "1.00")
+    assert rows["SGD, 1.25 times the epochs"] == ("1.25", "1.88")
+    assert rows["SGD, twice the epochs"] == ("2.00", "3.00")
+    assert rows["SAM"] == rows["ASAM"] == ("2.00", "1.50")
+    assert rows["ASAM, every 5th step"] == ("1.20", "1.50")
+    assert rows["ASAM, quarter batch"] == ("1.25", "1.50")
+    assert rows[cost.AGAINST] == rows[cost.MOMENTUM] == ("1.00", "1.50")
+    assert [rows[label][0] for label in cost.ECONOMICAL.values()] == ["1.05", "1.10", "1.25"]
+
+
+def test_the_interval_of_the_gain_kept():
+    rng = np.random.default_rng(1)
+    sgd, form, asam = (list(mean + rng.normal(size=30)) for mean in (30, 12, 10))
+    estimate, low, high = cost.kept(sgd, form, asam)
+    assert estimate == pytest.approx(90, abs=2)
+    assert low < 90 < high
+    assert high - low < 10
+
+
+def test_runs_of_the_forms_are_what_they_say():
+    runs = cost.STUDY.plan(SETTINGS, outcomes_of(dict.fromkeys(labels(), 9.0), dict.fromkeys(labels(), 1.0)))
+    for run in runs.values():
+        run.check()
+    own, theirs = (runs[f"digits/{label}/seed0"] for label in (cost.AGAINST, cost.MOMENTUM))
+    assert (own.method, own.exact, own.memory, own.momentum_rho) == ("economical", 0.0, "own", 2.0)
+    assert theirs == own.but(memory="optimizer")
+    assert runs["digits/ASAM/seed0"].rho == 2.0
