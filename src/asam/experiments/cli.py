@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from .. import __version__
 from . import InputError
 from .files import plain
 from .options import with_run_options
@@ -25,9 +26,35 @@ LARGEST = 1e18  # squares of larger numbers leave the range of float32
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"asam {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def asam() -> None:
+def asam(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     """Adaptive Sharpness-Aware Minimization: train, measure and look."""
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """What is installed here, and which optional parts work."""
+    from .doctor import examine
+
+    found = examine()
+    if as_json:
+        print(json.dumps(found))
+        return
+    width = max(len(name) for rows in found.values() for name in rows)
+    for section, rows in found.items():
+        print(section)
+        for name, state in rows.items():
+            print(f"  {name:{width}}  {state}")
 
 
 @app.command()

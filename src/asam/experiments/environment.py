@@ -18,12 +18,13 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "scikit-learn": version("scikit-learn"),
-        "hardware": _processor(),
+        "hardware": processor(),
         "command": " ".join(["asam", *sys.argv[1:]]),
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the processor and number of cores."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
