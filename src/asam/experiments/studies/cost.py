@@ -205,7 +205,8 @@ def _frontier(points: Mapping[str, tuple[float, Sequence[float]]]) -> str:
         for i, (label, (clock, errors)) in enumerate(points.items()):
             error = float(np.std(errors, ddof=1)) / len(errors) ** 0.5 if len(errors) > 1 else 0.0
             color = plots.color_of(label, i)
-            axes.errorbar(clock, np.mean(errors), yerr=error, color=color, marker="o", capsize=3, label=label)
+            marker = "o" if i < len(plots.PALETTE) else "s"
+            axes.errorbar(clock, np.mean(errors), yerr=error, color=color, marker=marker, capsize=3, label=label)
         axes.axhline(float(np.mean(points["ASAM"][1])), color=plots.COLORS["ASAM"], linestyle="--", linewidth=1)
         axes.set_xlabel("time in units of SGD's")
         axes.set_ylabel("test error (%)")
