@@ -3,8 +3,6 @@
 ``asam.state_dict()`` lies beside the model's and the optimizer's; what changes in it is rho, by a schedule here.
 """
 
-from functools import partial
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -85,10 +83,14 @@ def here(make):
     return lambda seed=1: Training(make(seed), lambda step: batch(step, dist.get_rank()))
 
 
-def check_in(folder, check, *arguments):
-    check = partial(check, folder, *arguments)
-    check.__name__ = check.func.__name__
-    return check
+class Check:
+    """A check that gets a folder and more, besides the rank."""
+
+    def __init__(self, check, *arguments):
+        self.check, self.arguments, self.__name__ = check, arguments, check.__name__
+
+    def __call__(self, rank):
+        self.check(*self.arguments, rank)
 
 
 @single_process
@@ -97,10 +99,10 @@ def test_two_shards(tmp_path):
     launch(
         tmp_path,
         2,
-        check_in(tmp_path, shards_go_on_to_the_bit, (2,)),
-        check_in(tmp_path, two_go_on_from_one),
-        check_in(tmp_path, what_is_saved_is_w, (2,)),
-        check_in(tmp_path, replicas_go_on_to_the_bit),
+        Check(shards_go_on_to_the_bit, tmp_path, (2,)),
+        Check(two_go_on_from_one, tmp_path),
+        Check(what_is_saved_is_w, tmp_path, (2,)),
+        Check(replicas_go_on_to_the_bit, tmp_path),
     )
     one_goes_on_from(tmp_path, 2)
 
@@ -108,9 +110,7 @@ def test_two_shards(tmp_path):
 @single_process
 @pytest.mark.slow
 def test_replicas_of_shards(tmp_path):
-    launch(
-        tmp_path, 4, check_in(tmp_path, shards_go_on_to_the_bit, (2, 2)), check_in(tmp_path, what_is_saved_is_w, (2, 2))
-    )
+    launch(tmp_path, 4, Check(shards_go_on_to_the_bit, tmp_path, (2, 2)), Check(what_is_saved_is_w, tmp_path, (2, 2)))
     one_goes_on_from(tmp_path, 4)
 
 

@@ -14,7 +14,7 @@ from processes import batch, launch, loss, whole_batch
 from slow_reference import assert_near, assert_same, gradients, norm, weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.profiler import profile
 
@@ -119,6 +119,8 @@ def test_what_two_shards_keep(tmp_path):
         passes_after_an_exception_do_too,
         parameters_are_the_shards,
         mixed_precision,
+        mixed_precision_is_that_of_two_passes_by_hand,
+        parameters_that_are_offloaded,
         what_cannot_work_says_so,
         tensor_parallelism,
     )
@@ -366,6 +368,40 @@ def mixed_precision(rank):
         assert_same(local_shards(model), before)
         assert seen[1] != seen[0]
         assert all(p.grad.dtype == torch.float32 and p.grad.full_tensor().isfinite().all() for p in model.parameters())
+
+
+def mixed_precision_is_that_of_two_passes_by_hand(rank):
+    # the perturbation is found and added in float32, what the passes compute with is rounded afterwards
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    inputs, targets = batch(0, rank)
+    data = (inputs.float(), targets)
+
+    def one_pass(model):
+        loss(model, data).backward()
+        grads = whole({name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad()
+        return grads
+
+    for normalization in NORMALIZATIONS:
+        model, by_hand = (sharded(network().float(), mp_policy=policy) for _ in range(2))
+        asam = ASAM(model, rho=1.0, normalization=normalization)
+        at_w = one_pass(by_hand)
+        e = asam.geometry.maximizer(whole(dict(by_hand.named_parameters())), at_w, 1.0)
+        with torch.no_grad():
+            for name, param in by_hand.named_parameters():
+                param += torch.distributed.tensor.distribute_tensor(e[name], param.device_mesh, param.placements)
+        expected = torch.cat([grad.flatten() for grad in one_pass(by_hand).values()])
+        asam.backward(lambda model=model: loss(model, data))
+        actual = torch.cat([param.grad.full_tensor().flatten() for param in model.parameters()])
+        # a weight on the edge of two bfloat16 numbers may be rounded to the other one
+        assert (actual - expected).norm() <= 0.02 * expected.norm()
+        assert (torch.cat([grad.flatten() for grad in at_w.values()]) - expected).norm() > 0.2 * expected.norm()
+
+
+def parameters_that_are_offloaded(rank):
+    offloaded = partial(sharded, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    for normalization in NORMALIZATIONS:
+        assert_like_one_process(rank, partial(ASAM, normalization=normalization), offloaded(), steps=3)
 
 
 def what_cannot_work_says_so(rank):
