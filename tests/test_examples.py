@@ -21,7 +21,9 @@ ARGUMENTS = {
     "lightning_callback.py": ["--epochs", "1", "--seeds", "0"],
     "plain_loop.py": ["--epochs", "1", "--seeds", "1"],
     "skorch_net.py": ["--epochs", "1", "--rho", "1"],
-    "transformers_sentences.py": [*"--data sentences.tar.gz --seeds 0 --train 16 --held-out 8 --epochs 1".split()],
+    "transformers_sentences.py": [
+        *("--data", "sentences.tar.gz", "--seeds", "0", "--train", "16", "--held-out", "8", "--epochs", "1")
+    ],
     "weight_averaging.py": ["--epochs", "4", "--seeds", "1"],
 }
 

@@ -165,7 +165,7 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         tables.append(Table(f"{part.name}, n = {part.seeds}", headings, rows))
         svg = _frontier({label: (clock[label], errors[label]) for label in errors})
         caption = f"Mean and standard error over {part.seeds} seeds; dashed: what ASAM reaches."
-        figures.append(Figure(part.name.replace(" ", "-").replace(",", ""), part.name, caption, svg))
+        figures.append(Figure(part.name.replace(" %", "").replace(" ", "-").replace(",", ""), part.name, caption, svg))
     notes = (
         SPLITS,
         "Time is CPU time of the training steps on one thread, evaluation left out, the mean over seeds over that of "
