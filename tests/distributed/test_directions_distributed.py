@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from asam import ASAM, SAM, EconomicalASAM, Gradient, Momentum
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     launch(
         tmp_path,

@@ -14,10 +14,12 @@ STEPS = 1000
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.slow
 def test_a_thousand_steps(tmp_path):
     launch(tmp_path, 2, replicas_with_batch_norm_stay_equal)
 
 
+@pytest.mark.slow
 def test_a_thousand_steps_of_four(tmp_path):
     launch(tmp_path, 4, replicas_with_batch_norm_stay_equal)
 

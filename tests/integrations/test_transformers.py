@@ -372,6 +372,7 @@ def test_torch_compile(tmp_path):
     assert_near(weights(model), weights(reference), rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_that_has_both_shards(tmp_path):
     here = Path(__file__).parent
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
