@@ -94,7 +94,7 @@ def assert_weights_are_w(left):
     [
         (replicas, killed, "ascent", -signal.SIGKILL),
         (replicas, die, "descent", 7),
-        (replicas, hang, "ascent", 7),
+        pytest.param(replicas, hang, "ascent", 7, marks=pytest.mark.slow),  # it waits for the time limit
         (replicas, fail, "ascent", 1),
         (replicas, fail, "descent", 1),
         (replicas, fail, "between", 1),
