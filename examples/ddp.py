@@ -12,7 +12,8 @@ Two processes, seeds 0 to 4, mean ± sd of the last epoch, AMD EPYC, one thread 
     --rho 3                   11.5 ± 2.3 % test error
     --rho 3 --sync-ascent     12.3 ± 2.4 % test error
 
-rho is the README's for such data. ASAM takes two gradient passes where SGD takes one. The learning rate matters:
+rho is the README's for such data; learning rate and batch size were chosen by test errors, so that these are no
+estimates of what fresh data would give. ASAM takes two gradient passes where SGD takes one. The learning rate matters:
 at 0.1, in batches of 50, a rho of 3 on the whole batch is too large and ends at errors of 53 to 76 %.
 """
 
