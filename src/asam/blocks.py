@@ -14,6 +14,7 @@ from torch import Tensor
 # Elements in a block: what stays in a core's cache on the CPU; what bounds the scratch memory on an accelerator.
 CPU_BLOCK = 2**17
 ACCELERATOR_BLOCK = 2**24
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(slots=True)  # not frozen: that costs a microsecond for each of many small tensors
@@ -82,7 +83,7 @@ class Block:
         self._scales = [piece.scale for piece in pieces if piece.scale is not None]
         self._eta = eta
         self.targets = [piece.target for piece in pieces]
-        self.half = self._params[0].dtype in (torch.float16, torch.bfloat16)
+        self.half = self._params[0].dtype in HALF
 
     def _scales_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:
         """T, without the trailing ones that are 1, and g. The elementwise T, which come first, are fresh."""
@@ -181,6 +182,11 @@ def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
     return DualNorm(largest, norm.clamp(min=1e-8))
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: in half precision small numbers, and products of them, would underflow."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
 def nonzero(magnitude: Tensor) -> Tensor:
     """A magnitude that may be divided by."""
     return magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
@@ -191,7 +197,7 @@ def norms(param: Tensor, *, keep_first: bool) -> Tensor:
     dims = list(range(1 if keep_first else 0, param.ndim))
     if param.numel() == 0:
         return param.sum(dim=dims, keepdim=True)
-    values = param.float() if param.dtype in (torch.float16, torch.bfloat16) else param
+    values = wide(param)
     largest = nonzero(values.abs().amax(dim=dims, keepdim=True))
     squares = (values / largest).square_()
     result: Tensor = squares.sum(dim=dims, keepdim=True).sqrt_() * largest

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .blocks import HALF, wide
 from .checks import check_count, check_number
 from .sharding import groups, local, summed, widest
 
 # Where torch's optimizers, and those built like them, keep a mean of their gradients.
 MOMENTA = ("momentum_buffer", "exp_avg")
-HALF = (torch.float16, torch.bfloat16)
 
 
 class Mean:
@@ -78,11 +78,6 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     return summed(parts, [groups(tensor) for tensor in tensors]).isfinite()
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: in half precision small gradients, and products of them, would underflow."""
-    return tensor.float() if tensor.dtype in HALF else tensor
-
-
 def in_units(grads: list[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the loss itself, where a loss scale or a share of a batch multiplied it."""
     return [wide(grad) / units[-1].to(grad.device, non_blocking=True) for grad in grads] if units else grads
@@ -113,7 +108,6 @@ class Gradient:
     """
 
     needs_ascent = True
-    observes_descent = False
 
     def __init__(self, weight: float = 1.0, mean: float = 0.0, decay: float = 0.9) -> None:
         for name, value in (("weight", weight), ("mean", mean)):
@@ -194,13 +188,8 @@ class Momentum:
         return f"Momentum({source})"
 
     @property
-    def observes_descent(self) -> bool:
-        """Whether the gradient at w + e goes into a memory."""
-        return self._optimizer is None
-
-    @property
     def remembers(self) -> bool:
-        """Whether there is a memory, and the size of a loss scale would be in it."""
+        """Whether there is a memory, of the gradients at w + e; the size of a loss scale would be in it."""
         return self._optimizer is None
 
     def momenta(self, params: Mapping[str, Tensor]) -> list[Tensor | None]:

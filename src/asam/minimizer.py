@@ -218,7 +218,7 @@ class ASAM:
             with torch.no_grad():
                 loss = total([checked(closure()).detach() for closure in closures])
         units: list[Tensor] = []
-        with self._passes.alone() if momentum.observes_descent else nullcontext():
+        with self._passes.alone() if momentum.remembers else nullcontext():
             if found:
                 names, params, values = (list(column) for column in zip(*found, strict=True))
                 # after a look at w every buffer has moved
@@ -227,7 +227,7 @@ class ASAM:
                 there = run_at(moved, lambda: descend(closures, backward, units))
             else:
                 there = descend(closures, backward, units)
-            if momentum.observes_descent:
+            if momentum.remembers:
                 grads_there = [param.grad for param in self._params.values()]
                 names, _, grads = self._passes.present(self._params, grads_there, averaged=False)
                 momentum.observe(names, grads, units)

@@ -76,11 +76,7 @@ class Passes:
         self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients by a backward pass into ``.grad``, with what was there set aside for the while."""
-        self._unsharded.let_go()
-        everything = self._everything()
-        earlier = [param.grad for param in everything]
-        for param in everything:
-            param.grad = None
+        everything, earlier = self._set_aside()
         try:
             loss = descend(closures, backward, units)
             return loss, [param.grad for param in self._params.values()]
@@ -140,17 +136,13 @@ class Passes:
         Raises:
             RuntimeError: there were some, under DistributedDataParallel, which reduces what is accumulated as a whole.
         """
-        self._unsharded.let_go()
-        everything = self._everything()
-        earlier = [param.grad for param in everything]
-        if self._replicas and any(grad is not None for grad in earlier):
+        if self._replicas and any(param.grad is not None for param in self._everything()):
             raise RuntimeError(
                 "combine, and a Momentum with a memory of its own, need the gradient of one call alone, which "
                 "DistributedDataParallel does not give where gradients accumulate: clear them after each call with "
                 "optimizer.zero_grad(), or use Momentum(optimizer)"
             )
-        for param in everything:
-            param.grad = None
+        everything, earlier = self._set_aside()
         new: list[Tensor | None] = [None] * len(everything)
         try:
             yield
@@ -160,6 +152,15 @@ class Passes:
                 param.grad = grad if before is None else before
                 if before is not None and grad is not None:
                     before.add_(grad)
+
+    def _set_aside(self) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Take the gradients of all parameters off them: the parameters, and what they had."""
+        self._unsharded.let_go()
+        everything = self._everything()
+        earlier = [param.grad for param in everything]
+        for param in everything:
+            param.grad = None
+        return everything, earlier
 
     def _everything(self) -> list[Tensor]:
         # a sharded model may hold whole parameters in place of the shards
