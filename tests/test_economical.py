@@ -182,6 +182,7 @@ FLAWS = [
     (lambda state: {**state, "exact": {}}, ValueError, r"^state_dict must have the keys \['rho'\], got \[\]$"),
     (lambda state: {**state, "exact": {"rho": -1}}, ValueError, "^rho must be a finite number >= 0, got -1$"),
     (lambda state: {**state, "momentum": {"rho": 1}}, ValueError, r"^state_dict must have the keys \['calls', 'mean'"),
+    (lambda state: {**state, "exact": {"rho": 7}, "momentum": {}}, ValueError, r"^state_dict must have the keys"),
 ]
 
 
@@ -193,3 +194,4 @@ def test_a_bad_state_dict(flawed, error, message):
     with pytest.raises(error, match=message):
         training.asam.load_state_dict(flawed({**state, "calls": 9}))
     assert training.asam.state_dict()["calls"] == 1
+    assert training.asam.exact.rho == state["exact"]["rho"]

@@ -82,6 +82,7 @@ class EconomicalASAM:
         direction = Momentum(optimizer, decay=decay, statistics_every=statistics_every)
         size = MULTIPLE * rho if momentum_rho is None else momentum_rho
         self.momentum = ASAM(model, rho=size, direction=direction, **shape)
+        # the memory of the momentum fills meanwhile
         self._resting = ASAM(model, rho=0, direction=direction, **shape)
         self._warmup = warmup
         self._exact_from = max(warmup, steps - round(exact * steps))
@@ -133,6 +134,11 @@ class EconomicalASAM:
                 f"state_dict must have the keys 'calls', 'exact', 'momentum', got {sorted(map(str, state_dict))}"
             )
         check_count("calls", state_dict["calls"], 0)
+        before = self.exact.state_dict()
         self.exact.load_state_dict(state_dict["exact"])
-        self.momentum.load_state_dict(state_dict["momentum"])
+        try:
+            self.momentum.load_state_dict(state_dict["momentum"])
+        except BaseException:  # nothing is taken up by half
+            self.exact.load_state_dict(before)
+            raise
         self._calls = state_dict["calls"]

@@ -41,7 +41,7 @@ class ASAM:
             then share one perturbation, that of the whole batch. By default each climbs on its own shard of the batch
             and its ascent pass reduces nothing. With FSDP2 the gradient is that of the whole batch in any case.
         direction: what is climbed, the gradient at w by default: a :class:`Gradient` with a mean of earlier ones, or a
-            :class:`Momentum`, which costs no pass at w. One belongs to one ASAM.
+            :class:`Momentum`, which costs no pass at w. A memory shared by two ASAM holds the gradients of both.
         combine: takes the inner products <g0, g0>, <g0, g1> and <g1, g1> of the gradients at w and at w + e, scalar
             tensors, and returns (c0, c1): what is added to ``.grad`` of the perturbed parameters is c0 g0 + c1 g1
             instead of g1. g0 is kept until then, one more copy of them.
@@ -135,7 +135,7 @@ class ASAM:
         return self._loss_at
 
     def __repr__(self) -> str:
-        more = "" if self._direction.needs_ascent and not self._direction.remembers else f", {self._direction!r}"
+        more = "" if self._is_gradient_alone else f", {self._direction!r}"
         return f"{type(self).__name__}(rho={self.rho}, {self.geometry}{more}, parameters={len(self._params)})"
 
     def backward(
@@ -272,12 +272,17 @@ class ASAM:
             self._clear_grads()
             yield from self._moved(names, params, grads, self.rho)
 
+    @property
+    def _is_gradient_alone(self) -> bool:
+        """Whether what is climbed is the gradient at w and nothing else."""
+        return self._direction.needs_ascent and not self._direction.remembers
+
     def _check_passes_apart(self) -> None:
         """Raise if the two passes cannot be the caller's own."""
         for name, needed in (
             ("replay_rng=True", self.replay_rng),
             ("combine", self._combine is not None),
-            (f"direction={self._direction!r}", not self._direction.needs_ascent or self._direction.remembers),
+            (f"direction={self._direction!r}", not self._is_gradient_alone),
         ):
             if needed:
                 raise RuntimeError(f"{name} needs the whole step: call backward(closure) instead of perturbed()")

@@ -150,3 +150,16 @@ def test_a_file_that_is_broken(tmp_path, file, content, message):
 def test_passes_and_changes():
     assert [Run(method).passes for method in ("sgd", "sam", "asam")] == [1, 2, 2]
     assert EVERYTHING.but(seed=4) == Run(**asdict(EVERYTHING) | {"seed": 4})
+
+
+@pytest.mark.parametrize("method", ["sgd", "economical"])
+@pytest.mark.parametrize(("name", "value"), [("every", 5), ("ascent_share", 0.25)])
+def test_what_only_sam_and_asam_do_is_refused_elsewhere(method, name, value):
+    assert f"{name} goes with sam and asam, not with {method}" in refusal({"method": method, name: value})
+    assert getattr(as_run(GOOD | {"method": "asam", name: value}, "here"), name) == value
+
+
+def test_economical_runs_are_not_sharded_with_a_memory_of_their_own():
+    run = {"method": "economical", "parallel": "fsdp"}
+    assert "needs memory optimizer" in refusal(run)
+    assert as_run(GOOD | run | {"memory": "optimizer"}, "here").parallel == "fsdp"

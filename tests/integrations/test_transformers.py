@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers_problem import Aware, InOrder, batches, by_hand, cross_entropy, network, sentences, trainer
 
-from asam import ASAM, SAM, norm_parameters
+from asam import ASAM, SAM, Gradient, Momentum, norm_parameters
 from asam.integrations.transformers import SharpnessAwareTrainer
 
 
@@ -323,6 +323,9 @@ def test_losses_that_cannot_work_say_so(tmp_path):
         (partial(ASAM, rho=-1), ValueError, "rho must be a finite number >= 0, got -1"),
         (partial(ASAM, normalization="rows"), ValueError, "normalization must be"),
         (partial(ASAM, radius=1), TypeError, "radius"),
+        (partial(ASAM, direction=Gradient(mean=-1.0)), ValueError, "no direction but the gradient at w"),
+        (partial(ASAM, direction=Momentum()), ValueError, "no direction but the gradient at w"),
+        (partial(ASAM, combine=lambda g00, g01, g11: (0, 1)), ValueError, "without combine"),
     ],
 )
 def test_wrong_arguments_are_refused_before_training(asam, error, message, tmp_path):

@@ -128,6 +128,10 @@ class Run:
                 raise InputError(f"{name} must be {allowed}, got {getattr(self, name)}")
         if self.method != "sgd" and self.rho == 0:
             raise InputError(f"{self.method} needs rho > 0, got {self.rho}")
+        if self.method not in ("sam", "asam"):  # the schedule of an economical run counts every step
+            for name, default in (("every", 1), ("ascent_share", 1.0)):
+                if getattr(self, name) != default:
+                    raise InputError(f"{name} goes with sam and asam, not with {self.method}")
         if self.method == "economical" and self.memory == "own" and self.parallel == "fsdp":
             raise InputError("economical with parallel fsdp needs memory optimizer, which the checkpoint holds")
 

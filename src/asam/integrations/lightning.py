@@ -23,8 +23,8 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.loggers.logger import DummyLogger
 except ImportError:  # the same package under its older name
-    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore
-    from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
+    from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore[assignment]
 
 
 class SharpnessAware(Callback):

@@ -28,7 +28,8 @@ class SharpnessAwareTrainer(Trainer):
             starts. The result is ``trainer.asam``, whose ``rho`` may be set at any time, by a callback for example.
 
     Raises:
-        TypeError, ValueError: ``asam`` or what it makes is not one, an argument of ASAM's is wrong, or the gradients
+        TypeError, ValueError: ``asam`` or what it makes is not one, or has a direction with a memory or a ``combine``,
+            which cannot see the loss scale here; an argument of ASAM's is wrong, or the gradients
             are not in ``.grad`` after a backward pass: with DeepSpeed, FSDP1, Megatron, SageMaker's model parallelism,
             and optimizers that step in the backward pass.
 
@@ -97,4 +98,7 @@ class SharpnessAwareTrainer(Trainer):
             raise TypeError(
                 f"asam must make an ASAM or SAM of a model, got {type(asam).__name__} from {self._make_asam}"
             )
+        # they need the gradient without the loss scale, which is Trainer's secret here
+        if asam._combine is not None or not asam._is_gradient_alone:
+            raise ValueError("asam must make one without combine, and with no direction but the gradient at w")
         return asam
