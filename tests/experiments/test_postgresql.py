@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def server(tmp_path_factory):
         pytest.skip("no PostgreSQL server is installed (initdb and postgres)")
     user = _user()
     # not under pytest's own folder, which another user must not enter
-    home = Path(subprocess.check_output(["mktemp", "-d", "/tmp/asam-postgresql-XXXXXX"], text=True).strip())
+    home = Path(tempfile.mkdtemp(prefix="asam-postgresql-"))
     if user:
         shutil.chown(home, user["user"], user["group"])
     options = {"cwd": home, "stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT, **user}

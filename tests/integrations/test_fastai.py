@@ -8,45 +8,18 @@ from slow_reference import assert_near, assert_same, maximizer, weights
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from asam import ASAM
-
 pytest.importorskip("fastai", reason="fastai is not installed")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its own: torch.jit.script is deprecated
     pytest.importorskip("fastai.learner", exc_type=ImportError, reason="fastai does not find all that it needs")
-    from fastai.callback.core import Callback, CancelBackwardException
+    from fastai.callback.core import Callback
     from fastai.callback.schedule import Learner
     from fastai.callback.training import GradientAccumulation, GradientClip
     from fastai.data.core import DataLoaders
     from fastai.optimizer import OptimWrapper
+    from fastai_learner import SharpnessAware  # the recipe, in examples/
 
 RHO = 0.3
-
-
-class SharpnessAware(Callback):
-    """The recipe of docs/frameworks/fastai.md."""
-
-    order, run_valid = 90, False  # after the callbacks that scale the loss or wrap the model
-
-    def __init__(self, rho=0.5):
-        self.rho = rho
-
-    def before_fit(self):
-        self.asam = ASAM(self.learn.model, rho=self.rho)
-
-    def before_backward(self):
-        at_w = [self.learn.loss_grad]  # its forward pass has been run
-        self.asam.backward(lambda: at_w.pop() if at_w else self.loss_again())
-        raise CancelBackwardException
-
-    def loss_again(self):
-        learn, kept = self.learn, (self.learn.pred, self.learn.loss_grad)
-        learn.pred = learn.model(*learn.xb)
-        learn("after_pred")
-        learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
-        learn("after_loss")
-        again, (learn.pred, learn.loss_grad) = learn.loss_grad, kept
-        return again
 
 
 def data(size=32):

@@ -8,33 +8,11 @@ import torch
 from slow_reference import assert_near, assert_same, maximizer, weights
 from torch import nn
 
-from asam import ASAM
-
 pytest.importorskip("skorch")
 from sklearn.model_selection import GridSearchCV
 from skorch import NeuralNetClassifier
 from skorch.callbacks import Checkpoint, GradientNormClipping, LRScheduler
-from skorch.dataset import unpack_data
-
-
-class ASAMClassifier(NeuralNetClassifier):
-    """The recipe of docs/frameworks/skorch.md."""
-
-    def __init__(self, *args, rho=0.5, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.rho = rho
-
-    def train_step_single(self, batch, **fit_params):
-        self._set_training(True)
-        x, y = unpack_data(batch)
-        outputs = []
-
-        def closure():
-            outputs.append(self.infer(x, **fit_params))
-            return self.get_loss(outputs[-1], y, X=x, training=True)
-
-        loss = ASAM(self.module_, rho=self.rho).backward(closure)
-        return {"loss": loss, "y_pred": outputs[0].detach()}
+from skorch_net import ASAMClassifier  # the recipe, in examples/
 
 
 def data(size=24):
