@@ -2,7 +2,6 @@
 
 import errno
 import json
-import math
 import os
 import pathlib
 import sys
@@ -14,16 +13,12 @@ from types import SimpleNamespace
 import killed_training
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import cross_entropy
 
-from asam import ASAM, __version__
-from asam.experiments import InputError, checkpoints, files, tasks
+from asam import __version__
+from asam.experiments import checkpoints, files
 from asam.experiments.cli import run as command_line
-from asam.experiments.data import load
-from asam.experiments.models import build
 from asam.experiments.run import Run
-from asam.experiments.training import Training, _factor
+from asam.experiments.training import Training
 
 # 500 digits: 4 steps of 128 an epoch, 12 in all
 QUICK = ["--epochs", "3", "--batch-size", "128", "--evaluate-every", "2", "--checkpoint-every", "3"]
@@ -426,79 +421,3 @@ def test_a_training_that_diverges_leaves_json(train, tmp_path):
 
     found = json.loads((tmp_path / "out" / "run.json").read_text(), parse_constant=forbidden)
     assert found["outcome"]["loss_gap"] is None
-
-
-@pytest.mark.parametrize("method", ["sgd", "asam"])
-def test_the_training_is_a_plain_loop(method):
-    run = Run(method, seed=3, rho=0.5, lr=0.1, noise=0.3, epochs=3, batch_size=128, label_smoothing=0.1, clip=2.0)
-    training = Training(run)
-    training.advance()
-
-    data = load("digits", None, 0.3, 3)
-    torch.manual_seed(3)
-    model = build("mlp", (1, 8, 8), 10)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    total = 3 * 4
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / total)))
-    asam = ASAM(model, rho=0.5)
-    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(3):
-        for index in torch.randperm(500, generator=generator).split(128):
-            inputs, labels = data.train.inputs[index], data.train.labels[index]
-            if method == "asam":
-                asam.backward(lambda inputs=inputs, labels=labels: criterion(model(inputs), labels))
-            else:
-                criterion(model(inputs), labels).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 2.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            scheduler.step()
-    for name, weight in model.state_dict().items():
-        assert torch.equal(training.weights()[name], weight), name
-    found = training.outcome()
-    for part in ("train", "validation", "test"):
-        split = getattr(data, part)
-        wrong = (model(split.inputs).argmax(1) != split.labels).double().mean()
-        assert found[f"{part}_error"] == pytest.approx(100 * float(wrong), abs=1e-9)
-    model.requires_grad_(False)
-    logits, noisy = model(data.train.inputs), model(data.noisy_test.inputs)
-    gap = cross_entropy(noisy, data.noisy_test.labels) - cross_entropy(logits, data.train.labels)
-    assert found["loss_gap"] == pytest.approx(float(gap), abs=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warmup", "expected"),
-    [
-        ("constant", 0, [1, 1, 1, 1, 1, 1, 1, 1]),
-        ("constant", 4, [1 / 4, 2 / 4, 3 / 4, 1, 1, 1, 1, 1]),
-        ("cosine", 0, [math.cos(math.pi * k / 16) ** 2 for k in range(8)]),
-        ("cosine", 4, [1 / 4, 2 / 4, 3 / 4, 1, 1, (2 + math.sqrt(2)) / 4, 1 / 2, (2 - math.sqrt(2)) / 4]),
-        ("inverse-sqrt", 0, [1 / math.sqrt(k) for k in range(1, 9)]),
-        ("inverse-sqrt", 4, [1 / 4, 2 / 4, 3 / 4, 1, math.sqrt(4 / 5), math.sqrt(4 / 6), math.sqrt(4 / 7), 1 / 2**0.5]),
-    ],
-)
-def test_schedules(schedule, warmup, expected):
-    run = Run("sgd", schedule=schedule, warmup=warmup)
-    assert [_factor(run, 8, step) for step in range(8)] == pytest.approx(expected, abs=1e-15)
-
-
-def test_the_learning_rate_follows_the_schedule():
-    run = Run("sgd", lr=0.2, epochs=2, batch_size=128, warmup=3)
-    training, seen = Training(run), []
-    training.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
-    training.advance()
-    assert seen == [0.2 * _factor(run, 8, step) for step in range(8)]
-
-
-@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
-def test_the_other_base_optimizers(optimizer):
-    training = Training(Run("sgd", optimizer=optimizer, lr=0.01, beta2=0.98, weight_decay=0.1))
-    assert type(training.optimizer).__name__.lower() == optimizer
-    group = training.optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.9, 0.98), 0.1)
-
-
-def test_data_that_is_not_there_is_refused_by_the_task():
-    with pytest.raises(InputError, match="nowhere"):
-        tasks.find(Run("sgd", dataset="cifar10", data_dir="nowhere"))

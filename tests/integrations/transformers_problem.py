@@ -1,6 +1,7 @@
 """Tiny networks in float64, data and trainers, and Trainer's loop written by hand."""
 
 import torch
+from slow_reference import weights
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import BertConfig, BertForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
@@ -77,3 +78,13 @@ def by_hand(model, asam, groups, loss=cross_entropy, max_norm=None):
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+class Watching(Aware):
+    """Notes the weights that each pass sees, and its loss."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        loss = super().compute_loss(model, *args, **kwargs)
+        if model.training:
+            self.__dict__.setdefault("seen", []).append((weights(model), loss.item()))
+        return loss

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from .. import __version__
 from . import InputError
 from .files import plain
 from .options import with_run_options
+from .terminal import counted, progress, refusals
 
 INTERRUPTED = 130
 LARGEST = 1e18  # squares of larger numbers leave the range of float32
@@ -91,7 +89,7 @@ def compare(
     load(dataset, data_dir, noise, 0)
     prepare(comparison, out, force=force)
     runs = comparison.runs()
-    with _progress(f"{len(runs)} runs", sum(map(cost, runs.values()))) as advance:
+    with progress(f"{len(runs)} runs", sum(map(cost, runs.values()))) as advance:
         outcomes = execute(comparison, out, workers, advance)
     found = results(comparison, outcomes)
     write(out / "report.html", page(found))
@@ -150,7 +148,7 @@ def measure(
     from .measuring import measure as measured
     from .targets import find
 
-    with _refusals():
+    with refusals():
         (found_target,) = find([target], model, examples=examples, seed=seed, normalize_logits=normalize_logits)
     settings = Settings(
         rhos=tuple(sorted(rho)),
@@ -166,7 +164,7 @@ def measure(
         examples=examples,
         seed=seed,
     )
-    with _progress(f"measuring {found_target.name}", settings.passes()) as advance, _refusals():
+    with progress(f"measuring {found_target.name}", settings.passes()) as advance, refusals():
         found = measured(found_target, settings, advance)
     if as_json:
         print(json.dumps(plain(found)))
@@ -198,13 +196,13 @@ def landscape(
     from .landscapes import compute, file_name, passes, prepare, save
     from .targets import find
 
-    with _refusals():
+    with refusals():
         found = find(targets, model, examples=examples, seed=seed, normalize_logits=normalize_logits)
     names = [file_name(target.name) for target in found]
     if len(set(names)) < len(names):
         raise InputError(f"two targets are called {next(name for name in names if names.count(name) > 1)}")
     prepare(out, force=force)
-    with _progress(f"{len(found)} landscapes", passes(found, points)) as advance, _refusals():
+    with progress(f"{len(found)} landscapes", passes(found, points)) as advance, refusals():
         slices = compute(found, points, span, seed, advance)
     for one, other in pairwise(found):
         if f"{one.name} to {other.name}" not in slices.interpolations:
@@ -241,7 +239,7 @@ def train(
     first = os.environ.get("RANK", "0") == "0"
     if first and not as_json:
         print(json.dumps(asdict(run)))
-    with _counted(f"{run.method} on {run.dataset}", "steps", shown=first) as progress:
+    with counted(f"{run.method} on {run.dataset}", "steps", shown=first) as progress:
         outcome = sessions.execute(run, out, checkpoint_every=checkpoint_every, log=log, force=force, progress=progress)
     if outcome is None:
         return
@@ -286,7 +284,7 @@ def tune(
     run = trainings.read(target)
     search = Search(target, trials, confirmed, seeds, STARTS[like], tune_eta, tune_bias, run)
     tuning.claim(search, out, storage, force=force)
-    with _counted(f"tuning {target}", "trials") as progress:
+    with counted(f"tuning {target}", "trials") as progress:
         found = tuning.tune(search, out, storage, workers, progress)
     if as_json:
         print(json.dumps(plain(found)))
@@ -331,45 +329,12 @@ def reproduce(
     settings = reproduction.configured(study, scale, seeds=seeds, data_dir=data_dir)
     folder = out or Path(f"asam-{name}")
     reproduction.claim(study, scale, settings, folder, storage, force=force)
-    with _counted(f"{name}, {scale} scale") as progress:
+    with counted(f"{name}, {scale} scale") as progress:
         findings = reproduction.reproduce(study, scale, settings, folder, storage, workers, progress)
     console = Console()
     for item in findings.findings:
         console.print(item.sentence(), highlight=False)
     console.print(f"Written: {folder / 'report.html'}, {folder / 'table.md'}", highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
-    """A bar on standard error with the time left; yields what advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda amount: progress.advance(task, amount)
-        progress.update(task, completed=total)
-
-
-@contextmanager
-def _counted(description: str, unit: str = "runs", *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
-    """The same for runs whose number grows as the study goes on."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
-    )
-    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), disable=not shown) as progress:
-        task = progress.add_task(description, total=1)
-        yield lambda done, planned: progress.update(task, completed=done, total=planned)
-
-
-@contextmanager
-def _refusals() -> Iterator[None]:
-    """What the library refuses in the user's model, loss or data, as bad input."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        raise InputError(" ".join(str(error).split())) from error
 
 
 def run() -> int:

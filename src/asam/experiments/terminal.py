@@ -1,0 +1,42 @@
+"""What the commands show while they work, and how they say no."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from . import InputError
+
+
+@contextmanager
+def progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
+    """A bar on standard error with the time left; yields what advances it."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda amount: progress.advance(task, amount)
+        progress.update(task, completed=total)
+
+
+@contextmanager
+def counted(description: str, unit: str = "runs", *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """The same for runs whose number grows as the study goes on."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
+    )
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, *times, console=Console(stderr=True), disable=not shown) as progress:
+        task = progress.add_task(description, total=1)
+        yield lambda done, planned: progress.update(task, completed=done, total=planned)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the library refuses in the user's model, loss or data, as bad input."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise InputError(" ".join(str(error).split())) from error
