@@ -34,14 +34,14 @@ def labels():
 
 
 def test_gain_kept_and_its_verdicts():
-    errors = dict.fromkeys(labels(), 12.0) | {"SGD": 30.0, "ASAM": 10.0, cost.ECONOMICAL[0.1]: 9.0}
-    seconds = dict.fromkeys(labels(), 2.0) | {"SGD": 1.0, cost.ECONOMICAL[0.1]: 1.09}
+    errors = dict.fromkeys(labels(), 12.0) | {"Plain": 30.0, "ASAM": 10.0, cost.ECONOMICAL[0.1]: 9.0}
+    seconds = dict.fromkeys(labels(), 2.0) | {"Plain": 1.0, cost.ECONOMICAL[0.1]: 1.09}
     found = cost.STUDY.report(SETTINGS, outcomes_of(errors, seconds))
     by_claim = {item.claim: item for item in found.findings}
     kept = by_claim["Economical, 10 % exact keeps 98 % of ASAM's gain: digits"]
     assert kept.verdict == REPRODUCES
     assert kept.estimate == pytest.approx(105.0)
-    assert "1.09 of SGD's time" in kept.quantity
+    assert "1.09 of plain training's time" in kept.quantity
     lost = by_claim["Economical, 5 % exact keeps 98 % of ASAM's gain: digits"]
     assert lost.verdict == CONTRADICTED
     assert lost.estimate == pytest.approx(90.0)
@@ -53,12 +53,12 @@ def test_without_a_gain_there_is_nothing_to_keep():
 
 
 def test_gradients_and_time_are_those_of_the_whole_training():
-    seconds = dict.fromkeys(labels(), 3.0) | {"SGD": 2.0}
+    seconds = dict.fromkeys(labels(), 3.0) | {"Plain": 2.0}
     found = cost.STUDY.report(SETTINGS, outcomes_of(dict.fromkeys(labels(), 9.0), seconds))
     rows = {row[0]: row[1:3] for row in found.tables[0].rows}
-    assert rows["SGD"] == ("1.00", "1.00")
-    assert rows["SGD, 1.25 times the epochs"] == ("1.25", "1.88")
-    assert rows["SGD, twice the epochs"] == ("2.00", "3.00")
+    assert rows["Plain"] == ("1.00", "1.00")
+    assert rows["Plain, 1.25 times the epochs"] == ("1.25", "1.88")
+    assert rows["Plain, twice the epochs"] == ("2.00", "3.00")
     assert rows["SAM"] == rows["ASAM"] == ("2.00", "1.50")
     assert rows["ASAM, every 5th step"] == ("1.20", "1.50")
     assert rows["ASAM, quarter batch"] == ("1.25", "1.50")
