@@ -114,7 +114,7 @@ def _plan(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, Run]
 
 
 def kept(
-    sgd: Sequence[float], form: Sequence[float], asam: Sequence[float]
+    plain: Sequence[float], form: Sequence[float], asam: Sequence[float]
 ) -> tuple[float, float | None, float | None]:
     """The gain kept, (plain - form) / (plain - ASAM) in per cent, and its bootstrap 95 % interval over paired seeds.
 
@@ -170,9 +170,10 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
     notes = (
         SPLITS,
         "Time is CPU time of the training steps on one thread, evaluation left out, the mean over seeds over that of "
-        f"plain training, which is the base optimizer alone: SGD, for the transformer AdamW. The aim is {KEPT:g} % of the "
-        f"gain at {WALL_CLOCK:g} of its time, wherever ASAM has a gain.",
-        "Gain kept is of mean test errors, with a bootstrap interval over seeds, only where ASAM is better than plain training.",
+        "plain training, which is the base optimizer alone: SGD, for the transformer AdamW. The aim is "
+        f"{KEPT:g} % of the gain at {WALL_CLOCK:g} of its time, wherever ASAM has a gain.",
+        "Gain kept is of mean test errors, with a bootstrap interval over seeds, only where ASAM is better than plain "
+        "training.",
         "Each form's rho is chosen from as many values by validation error on seeds that are not reported. Of the "
         "economical recipe, rho against the momentum is twice that of the exact steps.",
     )
