@@ -30,7 +30,7 @@ check: $(READY)  ## format, lint, types
 bench: $(READY)  ## cost per step and memory, beside plain SGD and another implementation
 	$(BIN)/python benchmarks/bench.py
 
-reproduce: $(READY)  ## every study at laptop scale into docs/results, in about an hour on two cores
+reproduce: $(READY)  ## every study at laptop scale into docs/results; takes more than an hour on two cores
 	for study in $(STUDIES); do \
 	  [ -e docs/results/$$study/runs.sqlite3 ] && force= || force=--force; \
 	  $(BIN)/asam reproduce $$study --out docs/results/$$study $$force || exit; \
