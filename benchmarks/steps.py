@@ -14,7 +14,7 @@ from measure import clocked, median, peak_bytes, ratio, rounds_of
 from torch import Tensor
 from workloads import Workload
 
-from asam import ASAM, SAM
+from asam import ASAM, SAM, Momentum
 
 RHO = 0.05
 SGD, PASSES = "SGD step", "two bare passes"
@@ -66,6 +66,8 @@ def steps(workload: Workload) -> dict[str, Callable[[], object]]:
         f"{PASSES}, again": two_passes,
         "asam.ASAM": ours(ASAM(model, rho=RHO)),
         "asam.SAM": ours(SAM(model, rho=RHO)),
+        "asam.ASAM, Momentum()": ours(ASAM(model, rho=RHO, direction=Momentum())),
+        "asam.ASAM, Momentum(optimizer)": ours(ASAM(model, rho=RHO, direction=Momentum(optimizer))),
         "pytorch_optimizer.SAM": peer(None),
         "pytorch_optimizer.SAM, foreach": peer(True),
     }
