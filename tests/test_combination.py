@@ -179,6 +179,7 @@ def test_inner_products_of_half_precision_do_not_underflow(dtype):
         torch.testing.assert_close(half, single, rtol=0.05, atol=0)
 
 
+@pytest.mark.usefixtures("only_new_objects")
 def test_a_step_copies_the_gradient_at_w_and_reads_nothing_back():
     model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 1))
     size, inputs, used = size_of(model.parameters()), torch.randn(4, 200), []

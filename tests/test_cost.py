@@ -111,15 +111,6 @@ def test_what_synchronizes_would_be_seen():
     assert set(names) >= {"_local_scalar_dense", "equal"}
 
 
-@pytest.fixture(scope="module")
-def only_new_objects():
-    """Let the collector list what these tests make alone."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 def live_bytes():
     """The bytes of every storage that a new tensor within Python's reach holds."""
     storages = {}

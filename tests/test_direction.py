@@ -147,6 +147,7 @@ def test_no_value_comes_back_from_the_device(direction):
     assert not [name for name in names if name in SYNCHRONIZING]
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_copy_is_all_that_is_alive_between_the_passes(direction):
     model = nn.Sequential(nn.Linear(200, 300), nn.Tanh(), nn.Linear(300, 1))

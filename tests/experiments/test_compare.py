@@ -69,7 +69,7 @@ def test_foreign_folder_is_not_touched(tmp_path):
 
 
 def test_killed_and_started_again_does_not_repeat_finished_runs(tmp_path):
-    command = [sys.executable, "-m", "asam", "compare", "--seeds", "2", "--epochs", "20", "--out", str(tmp_path / "o")]
+    command = [sys.executable, "-m", "asam", "compare", "--seeds", "2", "--epochs", "8", "--out", str(tmp_path / "o")]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     runs = tmp_path / "o" / "runs"
     deadline = time.monotonic() + 90
