@@ -32,6 +32,13 @@ class SharpnessBound:
         confidence_term: ``4 log(n / delta)``.
         grid_term: ``8 log(6 n + 3 k)``, the price of choosing the width of the prior.
         vacuous: the value is at least 1, which holds for every loss in [0, 1] without any bound.
+
+    Example:
+        >>> bound = sam_bound(0.1, weight_norm=10.0, k=1000, n=50000, rho=0.1)
+        >>> bound.value == bound.perturbed_loss + bound.complexity
+        True
+        >>> bound.norm_term > bound.grid_term > bound.confidence_term  # what makes it large
+        True
     """
 
     method: str
@@ -60,7 +67,12 @@ class SharpnessBound:
 
 @dataclass(frozen=True)
 class HoldoutBound:
-    """The bound from held-out data: the largest error rate that is still compatible with so few errors."""
+    """The bound from held-out data: the largest error rate that is still compatible with so few errors.
+
+    Example:
+        >>> holdout_bound(0, 100).explain().partition(":")[0]
+        'Held-out bound 0.0295'
+    """
 
     value: float
     error: float

@@ -28,6 +28,11 @@ class Kendall:
     """Kendall's rank correlations of n models, each with its bootstrap percentile interval.
 
     nan where every pair is tied.
+
+    Example:
+        >>> found = kendall([1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0])
+        >>> found.tau_b, found.interval_b, found.n
+        (1.0, (1.0, 1.0), 4)
     """
 
     tau_a: float
@@ -43,6 +48,11 @@ class GranulatedKendall:
     """psi of every hyper-parameter and their mean Psi, with bootstrap percentile intervals.
 
     A psi is nan where no two models differ in that hyper-parameter only; Psi is the mean of the others.
+
+    Example:
+        >>> found = granulated_kendall([1, 2, 3], [10, 20, 30], {"lr": [0.1, 0.2, 0.3]})
+        >>> found.psi, found.n, found.confidence
+        ({'lr': 1.0}, 3, 0.95)
     """
 
     psi: dict[str, float]

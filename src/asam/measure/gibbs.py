@@ -34,6 +34,13 @@ class GibbsCertificate:
         sample_error_bound: upper bound of the error of Q on the sample, from so many draws.
         kl: ``KL(Q || P)`` in nats.
         vacuous: the value is at least 0.99.
+
+    Example:
+        >>> certificate = GibbsCertificate(
+        ...     0.12, 0.04, 0.06, 30.0, vacuous=False, sigma=0.1, samples=100, delta=0.05, n=1000
+        ... )
+        >>> certificate.explain().partition(":")[0]
+        'Gibbs certificate 0.12'
     """
 
     value: float

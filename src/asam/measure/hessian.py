@@ -19,6 +19,13 @@ class HessianOperator:
     Attributes:
         shape: (k, k), k the number of elements of the parameters.
         scales: the diagonal T of a geometry, a vector; None without one.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.tensor([[1.0, 2.0]])])
+        >>> operator = hessian(objective, geometry=Geometry("layerwise", eta=0))  # T is the norm of the layer
+        >>> operator.shape, bool((operator.scales == operator.scales[0]).all())
+        ((2, 2), True)
     """
 
     def __init__(self, objective: Objective, geometry: Geometry | None = None) -> None:

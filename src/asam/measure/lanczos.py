@@ -38,6 +38,14 @@ class Eigenvalues:
         residuals: ``||A v - value v||``: an eigenvalue of A is no further from the value than this.
         converged: every residual is at most ``tol`` times the largest magnitude of an eigenvalue found.
         matvecs: products taken.
+
+    Example:
+        >>> from asam.measure import Objective, hessian
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.tensor([[1.0, 2.0]])])
+        >>> found = top_eigenvalues(hessian(objective))  # H = 2 x x'
+        >>> found.vectors.shape, found.converged, found.matvecs
+        (torch.Size([1, 2]), True, 2)
     """
 
     values: Tensor
@@ -54,6 +62,14 @@ class SpectralDensity:
     Attributes:
         nodes, weights: Gauss quadrature, so that ``sum(weights * f(nodes))`` estimates ``tr f(A) / k``.
         grid, density: the same smoothed with Gaussians of standard deviation ``sigma``; it integrates to 1.
+
+    Example:
+        >>> from asam.measure import Objective, hessian
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.tensor([[1.0, 2.0]])])
+        >>> density = spectral_density(hessian(objective), draws=1)  # the eigenvalues are 0 and 10
+        >>> [abs(round(node, 4)) for node in density.nodes.tolist()], density.grid.shape == density.density.shape
+        ([0.0, 10.0], True)
     """
 
     nodes: Tensor = field(repr=False, compare=False)

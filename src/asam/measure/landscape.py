@@ -25,7 +25,14 @@ Direction = Mapping[str, Tensor] | Tensor
 
 @dataclass(frozen=True)
 class LossLine:
-    """Means along a line: ``values["loss"][i]`` is the loss at ``positions[i]``."""
+    """Means along a line: ``values["loss"][i]`` is the loss at ``positions[i]``.
+
+    Example:
+        >>> positions = torch.linspace(-1, 1, 3)
+        >>> line = LossLine(positions, {"loss": positions**2})
+        >>> line.values["loss"].tolist()
+        [1.0, 0.0, 1.0]
+    """
 
     positions: Tensor
     values: dict[str, Tensor]
@@ -43,7 +50,14 @@ class LossLine:
 
 @dataclass(frozen=True)
 class LossPlane:
-    """Means over a plane: ``values["loss"][i, j]`` is the loss at ``(x[i], y[j])``."""
+    """Means over a plane: ``values["loss"][i, j]`` is the loss at ``(x[i], y[j])``.
+
+    Example:
+        >>> x, y = torch.linspace(-1, 1, 3), torch.linspace(-1, 1, 5)
+        >>> plane = LossPlane(x, y, {"loss": x[:, None] ** 2 + y**2})
+        >>> plane.values["loss"].shape, plane.values["loss"][1, 2].item()  # 0 at the weights
+        (torch.Size([3, 5]), 0.0)
+    """
 
     x: Tensor
     y: Tensor

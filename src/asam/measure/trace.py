@@ -17,7 +17,16 @@ from .lanczos import Operator
 
 @dataclass(frozen=True)
 class Trace:
-    """An estimate of the trace, its standard error (of the random part), and the products it took."""
+    """An estimate of the trace, its standard error (of the random part), and the products it took.
+
+    Example:
+        >>> from asam.measure import Objective, hessian
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.tensor([[1.0, 2.0]])])
+        >>> found = trace(hessian(objective))  # exact for an operator as small as this
+        >>> round(found.value, 4), round(found.stderr, 4)
+        (10.0, 0.0)
+    """
 
     value: float
     stderr: float

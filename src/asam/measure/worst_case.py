@@ -43,6 +43,13 @@ class WorstCaseSharpness:
             takes one forward pass besides.
         noise_floor: what rounding alone may make of ``value``; a smaller value means nothing.
         perturbation: the worst e, a tensor per parameter; None for m-sharpness.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).mean(), [torch.ones(4, 1)])
+        >>> found = worst_case_sharpness(objective, 0.5, geometry=Geometry("none"))
+        >>> round(found.value, 4), round(found.perturbation["weight"].item(), 4)  # the slope is 1
+        (0.5, 0.5)
     """
 
     value: float
@@ -62,7 +69,15 @@ class WorstCaseSharpness:
 
 @dataclass(frozen=True)
 class SharpnessProfile:
-    """Worst-case sharpness over neighborhood sizes: ``rhos`` and ``values`` rise together."""
+    """Worst-case sharpness over neighborhood sizes: ``rhos`` and ``values`` rise together.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> objective = Objective(model, lambda model, x: model(x).mean(), [torch.ones(4, 1)])
+        >>> profile = sharpness_profile(objective, [0.2, 0.1], geometry=Geometry("none"))
+        >>> profile.rhos, [result.rho for result in profile.results]
+        ((0.1, 0.2), [0.1, 0.2])
+    """
 
     rhos: tuple[float, ...]
     values: tuple[float, ...]
