@@ -1,0 +1,85 @@
+"""What the site adds to its Markdown: linked source files, the studies' findings, formulas, docstrings.
+
+mkdocs calls the functions, mkdocstrings the class; `make docs` builds the site.
+"""
+
+import html
+import json
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+import griffe
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r'(?<=\]\()(\.\./[^)\s#"]+)')
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+ROLE = re.compile(r":(?:class|attr|meth|func):(`[^`]+`)")
+BRACKETS = re.compile(r"<([^<>`]+, [^<>`]+)>")  # an inner product, not a tag
+EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add CONTRIBUTING.md and a page for each source file outside of docs/ that a page links to."""
+    paths = {_path(page, link) for page in files.documentation_pages() for link in LINK.findall(page.content_string)}
+    for path in sorted(path.removeprefix("../") for path in paths if path.startswith("../")):
+        if path.endswith(".py") and (ROOT / path).is_file():
+            hidden = "---\nsearch: {exclude: true}\n---\n" if path.startswith("tests/") else ""
+            text = f"{hidden}# {path}\n\n`````python\n{(ROOT / path).read_text()}`````\n"
+            page = File.generated(config, f"source/{path}.md", content=text, inclusion=InclusionLevel.NOT_IN_NAV)
+            files.append(page)
+    files.append(File.generated(config, "contributing.md", content=(ROOT / "CONTRIBUTING.md").read_text()))
+    return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> str:
+    """Point links that leave docs/ to the pages made above, and fill in the table of findings."""
+
+    def inside(match: re.Match[str]) -> str:
+        made = f"source/{_path(page.file, match[1]).removeprefix('../')}.md"
+        if files.get_file_from_path(made) is None:
+            return match[1]  # mkdocs tells what is broken
+        return posixpath.relpath(made, posixpath.dirname(page.file.src_uri) or ".")
+
+    return LINK.sub(inside, markdown).replace("<!-- findings -->", _findings())
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers draw without a script."""
+
+    def mathml(match: re.Match[str]) -> str:
+        return convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")
+
+    return FORMULA.sub(mathml, content)
+
+
+class Docstrings(griffe.Extension):
+    """Docstrings of this project as Markdown: roles become code, and a section of examples is called so."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        """Change the docstring of a module, class, function or attribute."""
+        if obj.docstring:
+            text = BRACKETS.sub(r"&lt;\1&gt;", ROLE.sub(r"\1", obj.docstring.value))
+            obj.docstring.value = EXAMPLE.sub("Examples:", text)
+
+
+def _path(page: File, link: str) -> str:
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page.src_uri), link))
+
+
+def _findings() -> str:
+    """One row a finding of every study, as their summaries hold them."""
+    lines = ["| study | claim | estimate | 95 % interval | n | at this scale |", "|---|---|---|---|---|---|"]
+    for summary in sorted((ROOT / "docs" / "results").glob("*/summary.json")):
+        name = summary.parent.name
+        for found in json.loads(summary.read_text())["findings"]:
+            interval = f"{found['low']:.3g} to {found['high']:.3g}"
+            verdict = found["verdict"].removesuffix(" at this scale")
+            row = (f"[{name}](results/{name}/table.md)", f"{found['claim']} ({found['quantity']})")
+            lines.append(f"| {' | '.join(row)} | {found['estimate']:.3g} | {interval} | {found['n']} | {verdict} |")
+    return "\n".join(lines)
