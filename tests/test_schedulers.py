@@ -48,6 +48,7 @@ def rates(schedule, on, steps=6):
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # SequentialLR of torch 2.6 passes it
 @pytest.mark.parametrize("on", ["ours", "base"])
 @pytest.mark.parametrize("schedule", SCHEDULERS)
 def test_schedule_is_that_of_a_plain_optimizer(schedule, on):
