@@ -46,7 +46,8 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
             return match[1]  # mkdocs tells what is broken
         return posixpath.relpath(made, posixpath.dirname(page.file.src_uri) or ".")
 
-    return LINK.sub(inside, markdown).replace("<!-- findings -->", _findings())
+    linked = re.findall(r"results/(\w+)/table\.md", markdown)
+    return LINK.sub(inside, markdown).replace("<!-- findings -->", _findings(linked))
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -72,14 +73,19 @@ def _path(page: File, link: str) -> str:
     return posixpath.normpath(posixpath.join(posixpath.dirname(page.src_uri), link))
 
 
-def _findings() -> str:
-    """One row a finding of every study, as their summaries hold them."""
+def _findings(studies: list[str]) -> str:
+    """A row for every finding of these studies, as their summaries hold them."""
     lines = ["| study | claim | estimate | 95 % interval | n | at this scale |", "|---|---|---|---|---|---|"]
-    for summary in sorted((ROOT / "docs" / "results").glob("*/summary.json")):
-        name = summary.parent.name
-        for found in json.loads(summary.read_text())["findings"]:
-            interval = f"{found['low']:.3g} to {found['high']:.3g}"
-            verdict = found["verdict"].removesuffix(" at this scale")
-            row = (f"[{name}](results/{name}/table.md)", f"{found['claim']} ({found['quantity']})")
-            lines.append(f"| {' | '.join(row)} | {found['estimate']:.3g} | {interval} | {found['n']} | {verdict} |")
+    for name in studies:
+        summary = json.loads((ROOT / "docs" / "results" / name / "summary.json").read_text())
+        for found in summary["findings"]:
+            cells = (
+                f"[{name}](results/{name}/table.md)",
+                f"{found['claim']} ({found['quantity']})",
+                f"{found['estimate']:.3g}",
+                f"{found['low']:.3g} to {found['high']:.3g}",
+                str(found["n"]),
+                found["verdict"].removesuffix(" at this scale"),
+            )
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
