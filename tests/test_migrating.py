@@ -1,9 +1,11 @@
-"""The pairs of docs/migrating.md end in the same weights, and its loops run."""
+"""The pairs of docs/migrating.md end in the same weights, its loops run, and what README.md says of a peer is so."""
 
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import pytorch_optimizer
 import torch
 from torch import nn
 
@@ -104,3 +106,37 @@ def test_loops_that_stay_are_the_changed_line():
     for code in (base + by_hand, with_step):
         _, found = run(code, **names)
         assert all(torch.equal(a, b) for a, b in zip(found, changed, strict=True))
+
+
+@pytest.mark.skipif(not version("pytorch_optimizer").startswith("4.1."), reason="README.md names version 4.1")
+def test_what_is_said_of_pytorch_optimizer():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)), torch.randn(16, 4)
+    before = [param.detach().clone() for param in model.parameters()]
+
+    def restored():
+        return all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+    def closure(scale=1.0):
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean() * scale
+        loss.backward()
+        return loss
+
+    optimizer = pytorch_optimizer.SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.0)
+    closure()
+    optimizer.step(closure)
+    assert restored()  # exactly
+    assert model[1].num_batches_tracked == 2
+    closure()
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert not restored()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(closure())  # the scaler starts with its first loss
+    closure(1024.0)
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer, lambda: closure(1024.0))
+    scaled = model[2].bias.grad.clone()
+    closure()
+    assert (scaled / model[2].bias.grad).abs() > 100
