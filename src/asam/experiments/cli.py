@@ -21,7 +21,7 @@ from .terminal import counted, progress, refusals
 INTERRUPTED = 130
 LARGEST = 1e18  # squares of larger numbers leave the range of float32
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 def _version(asked: bool) -> None:
@@ -32,7 +32,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def asam(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
 ) -> None:
     """Adaptive Sharpness-Aware Minimization: train, measure and look."""
 
@@ -70,9 +70,10 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Train with SGD, SGD at equal compute, SAM and ASAM, and see whether rho transfers.
+    """Train with SGD, SAM and ASAM, and see whether rho transfers.
 
-    Writes report.html, results.json and every run into --out. Killed and started again, it goes on where it stopped.
+    SGD trains with twice the epochs as well, which is equal compute. Writes report.html, results.json and every
+    run into --out. Killed and started again, it goes on where it stopped.
     """
     if not 0 <= noise < 1:
         raise InputError(f"--noise must be at least 0 and less than 1, got {noise:g}")
@@ -131,7 +132,7 @@ def measure(
     normalize_logits: NormalizeLogits = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Sharpness, curvature and generalization bounds of a trained network, in one table.
+    """Sharpness, curvature and bounds of a trained network, in a table.
 
     With p = inf and in the average case the neighborhood is rho / sqrt(k) in every weight, k the number of weights.
     """
@@ -189,7 +190,10 @@ def landscape(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-landscape"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
 ) -> None:
-    """Slices of the loss landscape of one or several networks, and a page to turn them in three dimensions."""
+    """Slices of the loss landscape, and a page to turn them in 3-D.
+
+    Of several networks, also the ways from one to the next.
+    """
     if not 0 < span < LARGEST:
         raise InputError(f"--span must be a number > 0 and < {LARGEST:g}, got {span:g}")
 
@@ -215,7 +219,7 @@ def landscape(
 @app.command()
 @with_run_options
 def train(
-    config: Annotated[Path | None, typer.Option(help="TOML or JSON file with values; options go before.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML or JSON file with values, which options override.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-train"),
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 500,
     log: Annotated[Literal["none", "mlflow", "wandb"], typer.Option(help="Log there as well.")] = "none",
@@ -298,7 +302,7 @@ def tune(
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="A figure or table of the paper; see asam reproduce --help.")],
+    name: Annotated[str, typer.Argument(help="One of the studies above.")],
     quick: Annotated[bool, typer.Option("--quick", help="In miniature, in seconds: shows that it runs.")] = False,
     paper: Annotated[bool, typer.Option("--paper", help="At the paper's own scale: its data, and a GPU.")] = False,
     seeds: Annotated[int | None, typer.Option(help="Number of seeds.", min=1)] = None,
@@ -310,9 +314,10 @@ def reproduce(
     workers: Annotated[int, typer.Option(help="Processes.", min=1)] = max(1, min(8, os.cpu_count() or 1)),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
 ) -> None:
-    """Reproduce a figure or table of the paper, and say whether it holds.
+    """Reproduce a figure or table of the paper, and say if it holds.
 
-    Studies: geometry, toy, invariance, rescaling, correlation, rho, noise, images, imagenet, translation, bound, bias.
+    Studies: geometry, toy, invariance, rescaling, correlation, rho, noise, images, imagenet, translation, bound, bias,
+    cost.
 
     Writes config.json, results.jsonl (a line a run), summary.json, table.md, plots and report.html into --out. Killed
     and started again, it goes on where it stopped. The same command on other machines with the same --storage shares
@@ -357,6 +362,8 @@ def run() -> int:
         # typer raises its parser's own errors, whose class depends on its version
         if not hasattr(error, "format_message"):
             raise
-        message = " ".join(error.format_message().split()) or "no command given: see asam --help"
-    print(f"asam: {message}", file=sys.stderr)
+        place = getattr(getattr(error, "ctx", None), "command_path", "asam")
+        message = error.format_message()
+        message += f"{'' if message.endswith(('.', '?')) else '.'} See {place} --help."
+    print(f"asam: {' '.join(message.splitlines())}", file=sys.stderr)
     return 2

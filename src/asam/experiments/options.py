@@ -9,6 +9,8 @@ import typer
 
 from .run import Run
 
+LONGEST = 50  # characters of choices that stand in the option's own line
+
 
 def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
     """The command with an option for every field of a run; it receives the given ones as ``options``."""
@@ -34,6 +36,10 @@ def with_run_options(command: Callable[..., None]) -> Callable[..., None]:
 def _option(item: Any) -> Any:
     choices = item.metadata["choices"]
     kind = Literal[choices] if choices else item.type
-    shown = f" (default: {item.default})" if item.default else ""  # 0 is off
-    help_text = typer.Option(help=item.metadata["help"] + shown, show_default=False)
+    shown, metavar = item.metadata["help"], None
+    if len("|".join(choices)) > LONGEST:
+        shown, metavar = f"{shown} One of {', '.join(choices)}.", "<name>"
+    if item.default:  # 0 is off
+        shown += f" (default: {item.default})"
+    help_text = typer.Option(help=shown, metavar=metavar, show_default=False)
     return Annotated[kind | None if not choices else kind, help_text]

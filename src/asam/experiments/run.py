@@ -148,6 +148,8 @@ def as_run(values: dict[str, Any], source: str) -> Run:
             raise InputError(f"{source}: a run has no {name!r}; it has {', '.join(known)}")
         if not _is(value, known[name]):
             raise InputError(f"{source}: {name} has a wrong type, {value!r}")
+        if isinstance(value, int) and value >= 2**63:
+            raise InputError(f"{source}: {name} must be less than 2**63, got {value}")
     run = Run(**values)
     run.check()
     return run
@@ -164,7 +166,7 @@ def read_run(path: Path) -> dict[str, Any]:
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is neither TOML nor JSON: {error}") from None
     values = values.get("run", values) if isinstance(values, dict) else values
     if not isinstance(values, dict):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from . import InputError
 from .data import Split, augmented, load
 from .models import build, rescale_
 from .run import Run
@@ -67,6 +68,8 @@ class Classification:
         self._run = run
         data = load(run.dataset, run.data_dir, run.noise, run.seed, run.train_size)
         size = run.test_size
+        if size is not None and size > len(data.test.labels):
+            raise InputError(f"test_size must be at most {len(data.test.labels)}, got {size}")
         validation, test, noisy = (
             Split(part.inputs[:size], part.labels[:size]) for part in (data.validation, data.test, data.noisy_test)
         )

@@ -13,7 +13,7 @@ from . import InputError
 def progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
     """A bar on standard error with the time left; yields what advances it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+    with _shown(Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))) as progress:
         task = progress.add_task(description, total=total)
         yield lambda amount: progress.advance(task, amount)
         progress.update(task, completed=total)
@@ -28,9 +28,24 @@ def counted(description: str, unit: str = "runs", *, shown: bool = True) -> Iter
         TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
     )
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, *times, console=Console(stderr=True), disable=not shown) as progress:
+    with _shown(Progress(*columns, *times, console=Console(stderr=True), disable=not shown)) as progress:
         task = progress.add_task(description, total=1)
         yield lambda done, planned: progress.update(task, completed=done, total=planned)
+
+
+@contextmanager
+def _shown(progress: Progress) -> Iterator[Progress]:
+    """The bar, on and off; of what is refused nothing stays but the line that says so."""
+    progress.start()
+    try:
+        yield progress
+    except InputError:
+        progress.live.transient = True
+        progress.live.stop()
+        raise
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 @contextmanager

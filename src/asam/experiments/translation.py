@@ -119,6 +119,8 @@ def prepared(folder: str | None, train_size: int | None, test_size: int | None, 
     text = load(folder)
     if train_size is not None and train_size > len(text.train):
         raise InputError(f"train_size must be at most {len(text.train)}, got {train_size}")
+    if test_size is not None and test_size > len(text.test):
+        raise InputError(f"test_size must be at most {len(text.test)}, got {test_size}")
     train, validation, test = text.train[:train_size], text.validation[:test_size], text.test[:test_size]
     tokenizer = learned_tokenizer(train, vocabulary)
     return Prepared(

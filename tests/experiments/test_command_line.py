@@ -1,0 +1,101 @@
+"""What all commands have in common: help that fits the screen, completion, and refusals in one line of standard error."""
+
+import sys
+
+import pytest
+import typer
+
+from asam import __main__
+from asam.experiments import InputError, cli, reproduce, terminal
+
+COMMANDS = list(typer.main.get_command(cli.app).commands)
+
+
+@pytest.fixture
+def said(capsys, monkeypatch):
+    """The exit code of a command line, and what it wrote on standard output and error."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["asam", *arguments])
+        code = cli.run()
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_fits_eighty_columns(command, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = said(*command.split(), "--help")
+    assert (code, err) == (0, "")
+    assert max(map(len, out.splitlines())) <= 80
+    listed = reproduce.STUDIES if command == "reproduce" else COMMANDS if command == "" else []
+    assert all(name in out for name in listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ([], "Missing command. See asam --help."),
+        (["trian"], "No such command 'trian'. Did you mean 'train'? See asam --help."),
+        (["doctor", "--jsn"], "No such option: --jsn (Possible options: --json). See asam doctor --help."),
+        (["measure"], "Missing argument 'target'. See asam measure --help."),
+        (["measure", "two\nlines"], "two lines is not a run of asam compare, and there is no such file"),
+        (["train", "--seed", str(2**63)], f"the options: seed must be less than 2**63, got {2**63}"),
+        (["train", "--config", "nowhere.toml"], "nowhere.toml: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(arguments, line, said):
+    assert said(*arguments) == (2, "", f"asam: {line}\n")
+
+
+@pytest.mark.parametrize("bar", [lambda: terminal.progress("work", 3), lambda: terminal.counted("work")])
+def test_a_refusal_leaves_no_bar(bar, capsys):
+    with pytest.raises(InputError), bar():
+        raise InputError("no")
+    assert capsys.readouterr().err == ""
+    with bar():
+        pass
+    assert "work" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "proposed"),
+    [
+        ("asam me", ["measure"]),
+        ("asam train --batch", ["--batch-size"]),
+        ("asam train --precision b", ["bfloat16"]),
+        ("asam train --precision x", []),
+    ],
+)
+def test_completion(words, proposed, said, monkeypatch, capsys):
+    monkeypatch.setenv("_ASAM_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    with pytest.raises(SystemExit) as end:
+        said()
+    assert end.value.code == 0
+    assert capsys.readouterr().out.split() == proposed
+
+
+def test_a_script_for_completion(said, capsys):
+    with pytest.raises(SystemExit) as end:
+        said("--show-completion", "bash")
+    assert end.value.code == 0
+    assert "_ASAM_COMPLETE=complete_bash" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["optuna", "asam.nowhere"])
+def test_a_library_that_is_not_there(missing, monkeypatch, capsys):
+    def run():
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(cli, "run", run)
+    if missing == "optuna":
+        with pytest.raises(SystemExit) as end:
+            __main__.main()
+        assert end.value.code == 2
+        assert capsys.readouterr().err == "asam: the command line needs optuna: pip install 'asam[experiments]'\n"
+    else:  # a mistake of ours
+        with pytest.raises(ModuleNotFoundError):
+            __main__.main()
