@@ -1,4 +1,4 @@
-"""What all commands have in common: help that fits the screen, completion, and refusals in one line of standard error."""
+"""What all commands have in common: help that fits the screen, completion, refusals in a line of standard error."""
 
 import sys
 

@@ -32,7 +32,7 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def asam(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="The version.")] = False,
 ) -> None:
     """Adaptive Sharpness-Aware Minimization: train, measure and look."""
 
