@@ -1,6 +1,25 @@
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
+
+from asam.experiments.cli import run
+
+
+@pytest.fixture
+def asam(monkeypatch, capsys, tmp_path):
+    """The command line in this process: exit code, standard output, standard error without the bar."""
+    monkeypatch.chdir(tmp_path)
+
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["asam", *map(str, arguments)])
+        code = run()
+        printed = capsys.readouterr()
+        said = [line for line in printed.err.splitlines() if line.startswith("asam:") or "Traceback" in line]
+        return SimpleNamespace(code=code, out=printed.out, said=said)
+
+    return command
 
 
 @pytest.fixture

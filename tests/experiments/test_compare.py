@@ -1,30 +1,39 @@
 """The comparison as a user meets it: the command, its files, its refusals, killed and started again."""
 
+import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
+from asam.experiments.cli import run
+
 SMALL = ["--seeds", "2", "--epochs", "2"]
 
 
-def asam(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "asam", *arguments], capture_output=True, text=True, timeout=120, **options
+def program(*arguments, **options) -> subprocess.Popen:
+    """The command line in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "asam", "compare", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("compare") / "out"
-    done = asam("compare", *SMALL, "--json", "--out", str(out))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == json.loads((out / "results.json").read_text())
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(sys, "argv", ["asam", "compare", *SMALL, "--workers", "1", "--json", "--out", str(out)])
+        assert run() == 0
+    assert json.loads(printed.getvalue()) == json.loads((out / "results.json").read_text())
     return out
 
 
@@ -39,13 +48,6 @@ def test_results_hold_every_method_and_seed(finished):
     assert {"hardware", "torch", "command"} <= set(found["environment"])
 
 
-def test_runs_are_the_same_again(finished, tmp_path):
-    asam("compare", *SMALL, "--workers", "1", "--out", str(tmp_path / "again"))
-    first, again = (json.loads((p / "results.json").read_text()) for p in (finished, tmp_path / "again"))
-    assert first["transfer"] == again["transfer"]
-    assert first["differences"] == again["differences"]
-
-
 def test_page_is_self_contained_and_holds_every_plot(finished):
     page = (finished / "report.html").read_text()
     assert page.count("<svg") == 3
@@ -53,52 +55,57 @@ def test_page_is_self_contained_and_holds_every_plot(finished):
     assert not [word for word in page.split() if word.startswith(('src="http', 'href="http'))]
 
 
-def test_finished_comparison_is_not_overwritten(finished):
+def test_finished_comparison_is_not_overwritten(asam, finished):
     before = (finished / "results.json").stat().st_mtime_ns
-    done = asam("compare", *SMALL, "--out", str(finished))
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "--force" in done.stderr
+    done = asam("compare", *SMALL, "--out", finished)
+    assert (done.code, len(done.said)) == (2, 1)
+    assert "--force" in done.said[0]
     assert (finished / "results.json").stat().st_mtime_ns == before
 
 
-def test_foreign_folder_is_not_touched(tmp_path):
+def test_foreign_folder_is_not_touched(asam, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    done = asam("compare", *SMALL, "--out", str(tmp_path))
-    assert done.returncode == 2
+    assert asam("compare", *SMALL, "--out", tmp_path).code == 2
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_killed_and_started_again_does_not_repeat_finished_runs(tmp_path):
-    command = [sys.executable, "-m", "asam", "compare", "--seeds", "2", "--epochs", "8", "--out", str(tmp_path / "o")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    runs = tmp_path / "o" / "runs"
-    deadline = time.monotonic() + 90
-    while len(list(runs.glob("*.json"))) < 4 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    time.sleep(2)  # the workers end with their parent
-    finished = {p: p.stat().st_mtime_ns for p in runs.glob("*.json")}
-    assert 4 <= len(finished) < 34
-    done = asam(*command[3:])
-    assert done.returncode == 0, done.stderr
-    assert {p: p.stat().st_mtime_ns for p in finished} == finished
-    assert len(list(runs.glob("*.json"))) == 34
-    assert not list(runs.glob("*.part"))
+def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, tmp_path):
+    out = tmp_path / "out"
 
+    def runs():
+        return {path.name: path.stat().st_mtime_ns for path in (out / "runs").glob("*.json")}
 
-def test_interrupt_ends_it_in_one_line_and_keeps_the_finished_runs(tmp_path):
-    command = [sys.executable, "-m", "asam", "compare", "--epochs", "10", "--out", str(tmp_path / "o")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 90
-    while not list((tmp_path / "o" / "runs").glob("*.json")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert process.returncode == 130
-    assert said.splitlines()[-1].startswith("asam: interrupted")
+    def stopped(number, count, workers):
+        """A signal as soon as so many runs are finished; the exit code, and what was said until the workers ended."""
+        process = program(*SMALL, "--workers", workers, "--out", out)
+        deadline = time.monotonic() + 90
+        while len(runs()) < count:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
+
+    code, said = stopped(signal.SIGINT, 1, workers=1)
+    assert code == 130
+    assert said.splitlines()[-1] == "asam: interrupted; the same command goes on from here"
     assert "Traceback" not in said
-    assert 1 <= len(list((tmp_path / "o" / "runs").glob("*.json"))) < 170
+    interrupted = runs()
+    assert 1 <= len(interrupted) < 30
+
+    assert stopped(signal.SIGKILL, len(interrupted) + 2, workers=2)[0] == -signal.SIGKILL
+    killed = runs()
+    assert len(interrupted) + 2 <= len(killed) < 34
+    assert interrupted.items() <= killed.items()
+
+    assert asam("compare", *SMALL, "--workers", 1, "--out", out).code == 0
+    assert killed.items() <= runs().items()
+    assert runs().keys() == {path.name for path in (finished / "runs").glob("*.json")}
+    assert len(runs()) == 34
+    assert not list((out / "runs").glob("*.part"))
+    again, first = (json.loads((folder / "results.json").read_text()) for folder in (out, finished))
+    assert again["transfer"] == first["transfer"]
+    assert again["differences"] == first["differences"]
 
 
 @pytest.mark.parametrize(
@@ -114,18 +121,27 @@ def test_interrupt_ends_it_in_one_line_and_keeps_the_finished_runs(tmp_path):
         (["--no-such-option"], "--no-such-option"),
     ],
 )
-def test_bad_input_gives_one_line_and_exit_code_2(arguments, says, tmp_path):
-    done = asam("compare", *arguments, cwd=tmp_path)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert says in done.stderr
+def test_bad_input_gives_one_line_and_exit_code_2(asam, arguments, says, tmp_path):
+    done = asam("compare", *arguments)
+    assert (done.code, done.out, len(done.said)) == (2, "", 1)
+    assert says in done.said[0]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_help_fits_80_columns():
-    done = asam("compare", "--help", env={**os.environ, "COLUMNS": "80", "NO_COLOR": "1"})
-    assert done.returncode == 0
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "--rho-asam" in done.stdout
+def test_bad_input_as_a_shell_sees_it(tmp_path):
+    process = program("--noise", "1.5", cwd=tmp_path)
+    out, said = process.communicate(timeout=60)
+    assert (process.returncode, out, said.count("\n")) == (2, "", 1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_fits_80_columns(asam, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("NO_COLOR", "1")
+    done = asam("compare", "--help")
+    assert done.code == 0
+    assert max(map(len, done.out.splitlines())) <= 80
+    assert "--rho-asam" in done.out
 
 
 @pytest.mark.browser

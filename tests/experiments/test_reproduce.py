@@ -15,26 +15,16 @@ import pytest
 import small_study
 
 from asam.experiments import files
-from asam.experiments.cli import run
 
 FILES = ["config.json", "data.json", "report.html", "results.jsonl", "squares.svg", "summary.json", "table.md"]
 TOTAL = sum(number**2 for number in range(6)) + 25**2
 
 
 @pytest.fixture
-def asam(monkeypatch, capsys, tmp_path):
-    """The command line in this process: exit code, standard output, standard error without the bar."""
+def asam(asam, monkeypatch):
+    """The command with the small study in it."""
     monkeypatch.setitem(sys.modules, "asam.experiments.studies.toy", SimpleNamespace(STUDY=small_study.STUDY))
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments, workers=1):
-        monkeypatch.setattr(sys, "argv", ["asam", "reproduce", *arguments, "--workers", str(workers)])
-        code = run()
-        printed = capsys.readouterr()
-        said = [line for line in printed.err.splitlines() if line.startswith("asam:") or "Traceback" in line]
-        return SimpleNamespace(code=code, out=printed.out, said=said)
-
-    return command
+    return lambda *arguments, workers=1: asam("reproduce", *arguments, "--workers", workers)
 
 
 def program(*arguments, **options):

@@ -8,7 +8,6 @@ import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import killed_training
 import pytest
@@ -16,28 +15,12 @@ import torch
 
 from asam import __version__
 from asam.experiments import checkpoints, files
-from asam.experiments.cli import run as command_line
 from asam.experiments.run import Run
 from asam.experiments.training import Training
 
 # 500 digits: 4 steps of 128 an epoch, 12 in all
 QUICK = ["--epochs", "3", "--batch-size", "128", "--evaluate-every", "2", "--checkpoint-every", "3"]
 FINISHED = ["config.json", "metrics.jsonl", "run.json", "run.pt", "tensorboard"]
-
-
-@pytest.fixture
-def asam(monkeypatch, capsys, tmp_path):
-    """The command line in this process: exit code, standard output, standard error without the bar."""
-    monkeypatch.chdir(tmp_path)
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["asam", *map(str, arguments)])
-        code = command_line()
-        printed = capsys.readouterr()
-        said = [line for line in printed.err.splitlines() if line.startswith("asam:") or "Traceback" in line]
-        return SimpleNamespace(code=code, out=printed.out, said=said)
-
-    return command
 
 
 @pytest.fixture
