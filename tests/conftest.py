@@ -1,9 +1,13 @@
 import gc
+import multiprocessing
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+# imported once for all processes that a server forks; not modules of the tests, which it does not find
+PRELOADED = "torch._dynamo torch.distributed.fsdp torch.utils.tensorboard sklearn.datasets asam.experiments.runs"
+multiprocessing.set_forkserver_preload([*PRELOADED.split(), "asam.experiments.sessions", "asam.experiments.cli"])
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,6 @@ import torch
 import torch.distributed as dist
 
 SERVER = multiprocessing.get_context("forkserver")
-# not this module: the server does not have the path of the tests
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed.fsdp", "torch.nn.parallel", "asam"])
 
 
 def left_by(folder, check, *arguments, count=2, seconds=60, timeout=30):

@@ -4,14 +4,12 @@ import multiprocessing
 import os
 import sys
 
-import sklearn.datasets  # noqa: F401 - what the command imports on its way, once for all processes
-import torch.utils.tensorboard
+import torch
 
 from asam.experiments import files, sessions
 from asam.experiments.cli import run
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["killed_training"])
 
 
 def killed(arguments, *, step=0, write=0):

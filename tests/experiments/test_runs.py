@@ -18,7 +18,6 @@ from asam.experiments.database import file_url
 from asam.experiments.runs import Runs
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["asam.experiments.runs"])
 
 
 @dataclass(frozen=True)

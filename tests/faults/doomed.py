@@ -14,8 +14,6 @@ from torch import nn
 from asam import ASAM
 
 SERVER = multiprocessing.get_context("forkserver")
-# not this module: the server does not have the path of the tests
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", "asam"])
 STEPS = 8
 
 
