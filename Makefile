@@ -42,7 +42,7 @@ reproduce: $(READY)  ## every study at laptop scale into docs/results; takes mor
 	done
 
 docs: .venv/docs  ## the site, into site/; fails on any warning
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 clean:
 	rm -rf .venv demo dist site .pytest_cache .mypy_cache .ruff_cache

@@ -107,6 +107,8 @@ def test_every_page_with_code_is_run_here_or_elsewhere():
 
 def test_every_public_name_is_shown_once():
     shown = [name for page in sorted(ROOT.glob("docs/api/*.md")) for name in SHOWN.findall(page.read_text())]
+    # a function named as its module is shown by its longer name
+    shown = [name.replace("hessian.hessian", "hessian").replace("trace.trace", "trace") for name in shown]
     assert sorted(shown) == sorted(PUBLIC)
 
 
