@@ -1,16 +1,23 @@
 """Every example runs, with the least that its options allow."""
 
 import io
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+SERVER = multiprocessing.get_context("forkserver")
 ARGUMENTS = {
     "accelerate_loop.py": ["--epochs", "1", "--seeds", "1", "--cpu"],
     "ddp.py": ["--epochs", "1"],
@@ -28,10 +35,48 @@ ARGUMENTS = {
 }
 
 
-def run(folder, example, *arguments, launcher=()):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(EXAMPLES / example), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+def run(folder, example, *arguments, places=({},)):
+    """The script as the main program of processes, one for each place, that have imported torch already."""
+    processes = [SERVER.Process(target=_main, args=(folder, example, arguments, place)) for place in places]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+        process.kill()  # one that has not ended yet
+        process.join()
+    printed = {stream: (folder / f"{stream}.txt").read_text() for stream in ("stdout", "stderr")}
+    return SimpleNamespace(returncode=max(abs(process.exitcode) for process in processes), **printed)
+
+
+def _main(folder, example, arguments, place):
+    os.chdir(folder)
+    os.environ.update(ENVIRONMENT | place)
+    torch.set_num_threads(1)
+    for descriptor, stream in enumerate(("stdout", "stderr"), start=1):
+        os.dup2(os.open(f"{stream}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.argv = [str(EXAMPLES / example), *arguments]
+    sys.path = [path for path in sys.path if not Path(path).is_relative_to(TESTS)]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def torchrun(folder, example, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*command, str(EXAMPLES / example), *arguments],
+        cwd=folder,
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def two_places():
+    """What torchrun tells its processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [meeting | {"RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
 
 
 def add(archive, name, content):
@@ -54,8 +99,11 @@ def archive_like_the_real_one(path):
 def test_an_example_runs(example, tmp_path):
     if example == "transformers_sentences.py":
         archive_like_the_real_one(tmp_path / "sentences.tar.gz")
-    launcher = TWO_PROCESSES if example in ("ddp.py", "fsdp2.py") else ()
-    done = run(tmp_path, example, *ARGUMENTS[example], launcher=launcher)
+    if example == "ddp.py":
+        done = torchrun(tmp_path, example, *ARGUMENTS[example])
+    else:
+        places = two_places() if example == "fsdp2.py" else [{}]
+        done = run(tmp_path, example, *ARGUMENTS[example], places=places)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ASAM" in done.stdout or "rho" in done.stdout or "test error" in done.stdout
 
