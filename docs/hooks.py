@@ -19,7 +19,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r'(?<=\]\()(\.\./[^)\s#"]+)')
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
-ROLE = re.compile(r":(?:class|attr|meth|func):(`[^`]+`)")
+CLASS = re.compile(r":class:`(?:asam\.)?(\w+)`")
+ROLE = re.compile(r":(?:attr|meth|func):(`[^`]+`)")
 BRACKETS = re.compile(r"<([^<>`]+, [^<>`]+)>")  # an inner product, not a tag
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 
@@ -60,12 +61,13 @@ def on_page_content(content: str, **_: Any) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Docstrings of this project as Markdown: roles become code, and a section of examples is called so."""
+    """Docstrings of this project as Markdown: classes are linked, and a section of examples is called so."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change the docstring of a module, class, function or attribute."""
         if obj.docstring:
-            text = BRACKETS.sub(r"&lt;\1&gt;", ROLE.sub(r"\1", obj.docstring.value))
+            text = CLASS.sub(r"[`\1`][asam.\1]", ROLE.sub(r"\1", obj.docstring.value))
+            text = BRACKETS.sub(r"&lt;\1&gt;", text)
             obj.docstring.value = EXAMPLE.sub("Examples:", text)
 
 

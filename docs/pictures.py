@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation into docs/pictures/: `python docs/pictures.py`, a minute.
+"""Draws the pictures of the documentation into docs/pictures/: `python docs/pictures.py`, half a minute.
 
 Everything in them is computed here, by the library itself. The same versions draw the same files.
 """
@@ -190,6 +190,7 @@ def m_sharpness(axes: Axes) -> None:
 def main() -> None:
     """Draw all of them."""
     FOLDER.mkdir(exist_ok=True)
+    torch.set_num_threads(1)  # sums in another order would move a point
     for draw, size, columns in (
         (idea, (10, 5.2), 2),
         (step, (12, 4.4), 3),

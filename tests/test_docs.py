@@ -105,6 +105,17 @@ def test_every_page_with_code_is_run_here_or_elsewhere():
     assert with_code - set(RUN) == {"migrating", "recipes"}  # test_migrating.py, test_recipes.py
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if FENCE.search(page.read_text())], ids=lambda page: page.stem)
+def test_code_parses_and_imports_what_is_there(page):
+    for code in FENCE.findall(page.read_text()):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "asam":
+                there = {f"asam.{name}" for name in asam.__all__} | {
+                    f"asam.measure.{name}" for name in asam.measure.__all__
+                }
+                assert {f"{node.module}.{alias.name}" for alias in node.names} <= there | set(PUBLIC), code
+
+
 def test_every_public_name_is_shown_once():
     shown = [name for page in sorted(ROOT.glob("docs/api/*.md")) for name in SHOWN.findall(page.read_text())]
     # a function named as its module is shown by its longer name
