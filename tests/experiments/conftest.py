@@ -1,10 +1,22 @@
+import multiprocessing
 import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
 
+from asam.experiments import compare, workers
 from asam.experiments.cli import run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked():
+    """Workers of commands in this process are forked by the server, which has imported torch, instead of spawned."""
+    server = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("forkserver"))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (compare, workers):
+            patch.setattr(module, "multiprocessing", server)
+        yield
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import small_study
 
-from asam.experiments import files
+from asam.experiments import database, files
 
 FILES = ["config.json", "data.json", "report.html", "results.jsonl", "squares.svg", "summary.json", "table.md"]
 TOTAL = sum(number**2 for number in range(6)) + 25**2
@@ -203,7 +203,7 @@ def test_no_space_left_for_the_database(asam, log, tmp_path):
     assert len(performed(log)) <= 61 + 1  # at most the run that could not be written was done again
 
 
-def test_interrupted_and_killed_it_goes_on_to_the_same_summary(log, tmp_path):
+def test_interrupted_and_killed_it_goes_on_to_the_same_summary(asam, log, tmp_path, monkeypatch):
     arguments = ("--data-dir", log, "--out", tmp_path / "out", "--workers", 2)
     first = program(*arguments, start_new_session=True)
     until(lambda: len(performed(log)) >= 3)
@@ -219,9 +219,10 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_summary(log, tmp_path):
     os.kill(second.pid, signal.SIGKILL)
     second.communicate(timeout=60)  # the pipes close when the workers have ended too
 
-    done = program(*arguments[:-1], 1)
-    _, said = done.communicate(timeout=120)
-    assert done.returncode == 0, said
+    monkeypatch.setattr(database, "GRACE", 3)  # as in the program
+    monkeypatch.setattr(database, "HEARTBEAT", 1)
+    done = asam("toy", *arguments[:-2])
+    assert (done.code, done.said) == (0, [])
     assert summary(tmp_path / "out") == ([TOTAL], 7, ["squares.svg", "data.json"])
     assert sorted(contents(tmp_path / "out")) == FILES
     assert set(performed(log)) == {0, 1, 2, 3, 4, 5, 25}
