@@ -73,7 +73,7 @@ def main():
 
     start = 0
     if options.resume:
-        state = torch.load(options.checkpoint, map_location=device)
+        state = torch.load(options.checkpoint, map_location=device, weights_only=True)
         start = state["epoch"]
         for name, part in parts.items():
             part.load_state_dict(state[name])

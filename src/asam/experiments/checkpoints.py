@@ -1,6 +1,8 @@
 """Checkpoints of a run: written whole or not at all, read without running code, refused if they are another run's."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,21 +26,32 @@ def save_tensors(path: Path, value: Any) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def tensors(content: bytes) -> Any:
+    """What torch has saved; of a broken file, an error of any kind. No code of the file is run."""
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What a broken checkpoint raises, which depends on where it breaks, as bad input."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        raise InputError(f"{path} is not a checkpoint of a run ({reason}): start again with --force") from None
+
+
 def load(path: Path, run: Run, processes: int) -> dict[str, Any]:
     """The state of the run.
 
     Raises:
         InputError: the file is no checkpoint, or that of another run or of another number of processes.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+    content = path.read_bytes()
+    with refusals(path):
+        found = tensors(content)
         of, state = dict(found["run"]), dict(found["state"])
         generators = len(state["random"])
-    except OSError:
-        raise
-    except Exception as error:  # what a broken file raises depends on where it breaks
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-        raise InputError(f"{path} is not a checkpoint of a run ({reason}): start again with --force") from None
     if of != asdict(run):
         differs = sorted(key for key in of.keys() | asdict(run).keys() if of.get(key) != asdict(run).get(key))
         raise InputError(f"{path} is of another run ({', '.join(differs)}): choose another --out, or --force")

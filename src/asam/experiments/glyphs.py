@@ -46,7 +46,7 @@ def glyphs(folder: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     key = hashlib.sha256(f"{VERSION} {PIL.__version__}\n{names}".encode()).hexdigest()[:16]
     kept = cache_folder() / f"glyphs-{key}.npz"
     try:
-        with kept.open("rb") as file, np.load(file) as stored:
+        with kept.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             return stored["images"], stored["labels"], stored["families"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there yet, or broken

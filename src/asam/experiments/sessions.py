@@ -15,7 +15,7 @@ import torch
 
 from .. import __version__
 from . import logs
-from .checkpoints import load, save, save_tensors
+from .checkpoints import load, refusals, save, save_tensors
 from .distributed import agreed, joined
 from .environment import environment
 from .files import claim_folder, plain, write
@@ -59,7 +59,8 @@ def execute(
         with agreed(place):
             state = load(checkpoint, run, place.world) if checkpoint.exists() else None
         if state is not None:
-            training.load_state(state)
+            with refusals(checkpoint):
+                training.load_state(state)
         if sum(param.numel() for param in training.network.parameters()) < SEVERAL_THREADS:
             torch.set_num_threads(1)
         sinks = []

@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
@@ -17,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from ..measure import Objective, normalized_logits
 from ..measure.batches import first
 from . import InputError, tasks
-from .run import as_run
+from .checkpoints import tensors
+from .run import as_run, read_run
 from .training import initial_network
 
 WEIGHTS = ("state_dict", "model_state_dict", "model")  # where checkpoints of other tools keep them
@@ -77,8 +77,8 @@ def _run(path: Path, examples: int, normalize_logits: bool) -> Target:
             f"{path} is not a run of asam compare{hint if path.exists() else ', and there is no such file'}"
         )
     try:
-        run = as_run(json.loads(configuration.read_text(encoding="utf-8"))["run"], "the file")
-    except (ValueError, TypeError, KeyError, InputError) as error:
+        run = as_run(read_run(configuration), "the file")
+    except InputError as error:
         raise InputError(f"{configuration} is not a run of asam compare or asam train ({error})") from None
     task = tasks.find(run)
     if not isinstance(task, tasks.Classification):
@@ -172,10 +172,9 @@ def imported(function: str) -> Any:
 def _checkpoint(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}")
+    content = path.read_bytes()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+        state = tensors(content)
     except Exception as error:  # what a broken file raises depends on where it breaks
         raise InputError(
             f"{path} is not a checkpoint of tensors alone ({type(error).__name__}): save model.state_dict()"

@@ -118,7 +118,7 @@ class Training:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up the state of :meth:`state`, of as many processes."""
+        """Take up the state of :meth:`state`, of as many processes; what does not fit raises an error of any kind."""
         load_weights(self.network, state["network"], self.run, self.place)
         load_optimizer_state(self.network, self.optimizer, state["optimizer"], self.run, self.place)
         self.scheduler.load_state_dict(state["scheduler"])
@@ -130,7 +130,10 @@ class Training:
             torch.cuda.set_rng_state(state["random"][self.place.rank], self.device)
         else:
             torch.set_rng_state(state["random"][self.place.rank])
-        self.step, self.seconds, self.curves = state["step"], state["seconds"], state["curves"]
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.curves = {name: [float(value) for value in values] for name, values in state["curves"].items()}
+        if not 0 <= self.step <= self.steps or len({len(values) for values in self.curves.values()}) > 1:
+            raise ValueError("its counters do not fit the run")
 
     def _step(self, batch: tuple[Tensor, ...]) -> None:
         closure = partial(self._loss, batch)
