@@ -89,3 +89,8 @@ def test_the_other_base_optimizers(optimizer):
 def test_data_that_is_not_there_is_refused_by_the_task():
     with pytest.raises(InputError, match="nowhere"):
         tasks.find(Run("sgd", dataset="cifar10", data_dir="nowhere"))
+
+
+def test_a_method_that_does_not_fit_the_network():
+    with pytest.raises(InputError, match="nothing to perturb: the model has no such parameters"):
+        Training(Run("asam", rho=0.5, perturb="norm"))

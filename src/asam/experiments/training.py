@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ASAM, SAM, EconomicalASAM, norm_parameters, weight_parameters
+from . import InputError
 from .distributed import (
     Place,
     device_of,
@@ -45,7 +46,11 @@ def train(
 
 
 class Training:
-    """A run in progress."""
+    """A run in progress.
+
+    Raises:
+        InputError: the data is not there, or the network and the method do not go together.
+    """
 
     def __init__(self, run: Run, place: Place | None = None) -> None:
         self.run = run
@@ -61,7 +66,10 @@ class Training:
         factor = partial(_factor, run, self.steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "float16")
-        self.minimizer = _minimizer(run, self._called, self.optimizer, self.steps)
+        try:
+            self.minimizer = _minimizer(run, self._called, self.optimizer, self.steps)
+        except ValueError as error:
+            raise InputError(str(error)) from error
         self.generator = torch.Generator().manual_seed(run.seed)
         self._epoch_start = self.generator.get_state()
         self.step = 0
