@@ -16,8 +16,8 @@ demo: $(READY)  ## SGD, SAM and ASAM on real data, and a page that shows it
 	$(BIN)/asam compare --out demo --force
 	@echo "Open demo/report.html in a browser."
 
-test: $(READY)  ## the test suite
-	$(BIN)/pytest -n 2 -m "not slow"
+test: $(READY)  ## the test suite; what the tests of a file share is made once, on one worker
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 test-slow: $(READY)  ## what takes longer than a few seconds each
 	$(BIN)/pytest -n 2 -m slow
