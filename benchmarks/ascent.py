@@ -42,6 +42,7 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
     flat_g = torch.cat([grad.flatten() for grad in grads])
     out, size = torch.empty_like(flat_w), flat_w.nbytes
     asam_, sam = ASAM(model, rho=RHO), SAM(model, rho=RHO)
+    fast = ASAM(model, rho=RHO, compile=True)
     loop, foreach = (
         pytorch_optimizer.SAM(params, NoStep, rho=RHO, adaptive=True, foreach=flag) for flag in (None, True)
     )
@@ -69,6 +70,7 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
     plain = Geometry(eta=0, bias="scaled")
     visits = {
         "asam.ASAM": (ours(asam_), asam_.geometry),
+        "asam.ASAM, compile": (ours(fast), fast.geometry),
         "asam.SAM": (ours(sam), sam.geometry),
         "pytorch_optimizer.SAM": (peer(loop), plain),
         "pytorch_optimizer.SAM, foreach": (peer(foreach), plain),

@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asam import ASAM, SAM, Geometry, SharpnessAwareOptimizer
 
+# what touches no memory
+VIEWS = ("detach", "lift_fresh", "slice", "view")
 # what brings a value back to the host
 SYNCHRONIZING = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select")
 
@@ -75,8 +77,8 @@ MAKERS = {
 @pytest.mark.parametrize("layers", [plain_layers, normalized_layers])
 @pytest.mark.parametrize("make", MAKERS)
 def test_operations_for_160_tensors(make, layers):
-    names = ours(MAKERS[make], layers)
-    assert 0 < len(names) <= 200, len(names)
+    names = [name for name in ours(MAKERS[make], layers) if name not in VIEWS]
+    assert 0 < len(names) <= 50, names
     assert not [name for name in names if name in SYNCHRONIZING]
 
 

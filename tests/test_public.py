@@ -66,6 +66,8 @@ def test_signatures():
         ("*sync_ascent", False),
         ("*direction", None),
         ("*combine", None),
+        ("*compile", False),
+        ("*rounding", "nearest"),
     ]
     assert arguments(SAM) == [
         ("model", REQUIRED),
@@ -77,6 +79,8 @@ def test_signatures():
         ("*sync_ascent", False),
         ("*direction", None),
         ("*combine", None),
+        ("*compile", False),
+        ("*rounding", "nearest"),
     ]
     assert arguments(Gradient) == [("weight", 1.0), ("mean", 0.0), ("decay", 0.9)]
     assert arguments(Momentum) == [("optimizer", None), ("*decay", 0.9), ("*statistics_every", 10)]
@@ -126,6 +130,6 @@ def test_importing_is_cheap():
     seconds, packages, modules = run.stdout.splitlines()
     assert float(seconds) < 0.1
     assert set(packages.split()) <= {"asam", "torch"}
-    core = "blocks checks closures combination direction economical geometry minimizer optimizer parameters passes "
-    core += "perturbation projection replicas sharding"
+    core = "blocks checks closures combination direction economical geometry kernels minimizer norms optimizer "
+    core += "parameters passes perturbation projection replicas sharding"
     assert set(modules.split()) == {f"asam.{name}" for name in core.split()}

@@ -1,20 +1,30 @@
-"""The maximizer of a geometry, computed in blocks of tensors.
+"""The maximizer of a geometry, computed in blocks.
 
-Many small tensors go through one list call together; a large one goes in slices that stay in the cache. The norm is the
-product of the largest magnitude and the norm in units of it, so it neither underflows nor overflows. Nothing here reads
-a value back from the device.
+A block is one large tensor, a slice of one that stays in the cache, or many small tensors laid end to end. The norm is
+the product of the largest magnitude and the norm in units of it, so it neither underflows nor overflows. Nothing here
+reads a value back from the device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from .kernels import HALF, compiled, measured, measured_and_copied, move_, moved, rounded, wide
+from .norms import DualNorm, together
 
 # Elements in a block: what stays in a core's cache on the CPU; what bounds the scratch memory on an accelerator.
 CPU_BLOCK = 2**17
 ACCELERATOR_BLOCK = 2**24
-HALF = (torch.float16, torch.bfloat16)
+# A tensor larger than this part of a block is one of its own: laying it beside others would take longer than it saves.
+ALONE = 8
+# Elements in a block that compiled code works on: it has no scratch memory, and a call of it costs as much as 2**16.
+COMPILED_BLOCK = 2**20
+# Smaller ones gain nothing from it.
+COMPILED_FROM = 2**17
 
 
 @dataclass(slots=True)  # not frozen: that costs a microsecond for each of many small tensors
@@ -29,138 +39,223 @@ class Piece:
 
     def __getitem__(self, index: int | slice) -> "Piece":
         scale = None if self.scale is None else self.scale[index]
-        return Piece(self.param[index], self.grad[index], self.target[index], scale, self.elementwise)
+        param = self.param[index]
+        target = param if self.target is self.param else self.target[index]
+        return Piece(param, self.grad[index], target, scale, self.elementwise)
 
     def cut(self, limit: int) -> "Iterator[Piece]":
         """Slices along the first dimension, further in where a single row is larger than the limit."""
-        if self.param.numel() <= limit:
-            yield self
-            return
-        length = self.param.shape[0]
-        rows = limit * length // self.param.numel()
-        if rows == 0:
+        length, size = self.param.shape[0], self.param.numel()
+        if size > limit * length:
             for row in range(length):
                 yield from self[row].cut(limit)
         else:
+            slices = -(-length // (limit * length // size))
+            rows = -(-length // slices)
             for start in range(0, length, rows):
                 yield self[start : start + rows]
 
 
-def packed(pieces: list[Piece], eta: float) -> "list[Block]":
-    """Blocks of one device and dtype each, of no more elements than the limit: slices and whole tensors together."""
-    groups: dict[tuple[torch.device, torch.dtype], list[list[Piece]]] = {}
-    room: dict[tuple[torch.device, torch.dtype], int] = {}
-    for whole in pieces:
-        key = (whole.param.device, whole.param.dtype)
-        limit = CPU_BLOCK if whole.param.device.type == "cpu" else ACCELERATOR_BLOCK
-        parts = groups.setdefault(key, [])
-        for piece in whole.cut(limit):
+def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Block]":
+    """Blocks of one device and dtype each, of no more elements than the limit. ``pieces`` is emptied."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Piece]] = {}
+    for piece in pieces:
+        groups.setdefault((piece.param.device, piece.param.dtype), []).append(piece)
+    pieces.clear()
+    parts: list[list[Piece]] = []
+    for (device, _), members in groups.items():
+        limit = ACCELERATOR_BLOCK if device.type != "cpu" else COMPILED_BLOCK if execution.compile else CPU_BLOCK
+        small, room = list[Piece](), 0
+        for piece in members:
             size = piece.param.numel()
-            if not parts or size > room[key]:
-                parts.append([])
-                room[key] = limit
-            parts[-1].append(piece)
-            room[key] -= size
-    return [Block(part, eta) for parts in groups.values() for part in parts]
+            if size > limit:
+                parts.extend([part] for part in piece.cut(limit))
+            elif size > limit // ALONE:
+                parts.append([piece])
+            else:
+                if size > room:
+                    small, room = [], limit
+                    parts.append(small)
+                small.append(piece)
+                room -= size
+    groups.clear()
+    parts.reverse()
+    blocks = []
+    while parts:
+        blocks.append(Block(parts.pop(), eta, execution))
+    return blocks
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the arithmetic is done.
+
+    Args:
+        compile: by the code that torch's compiler makes for it.
+        stochastic: where w + e is in half precision, whether it is rounded by chance.
+    """
+
+    compile: bool = False
+    stochastic: bool = False
+
+
+AS_IT_STANDS = Execution()
 
 
 class Block:
-    """Tensors of one device and dtype that go through every list call together.
+    """Tensors of one device and dtype: one as it is, or several laid end to end.
 
     Half precision is computed in float32: a float16 product of a weight and a gradient would underflow.
     """
 
     rho: float
     q: float
-    dual_norm: "DualNorm"
+    dual_norm: DualNorm
 
-    def __init__(self, pieces: list[Piece], eta: float) -> None:
+    def __init__(self, pieces: list[Piece], eta: float, execution: Execution) -> None:
         # those with T = |w| + eta first, then those with a scale of their own, then those with T = 1
-        pieces = sorted(pieces, key=lambda piece: (not piece.elementwise, piece.scale is None))
-        self._elementwise = sum(piece.elementwise for piece in pieces)
-        self._params = [piece.param for piece in pieces]
-        self._grads = [piece.grad for piece in pieces]
-        self._scales = [piece.scale for piece in pieces if piece.scale is not None]
-        self._eta = eta
+        own = [piece for piece in pieces if piece.scale is not None]
+        elementwise = [piece for piece in pieces if piece.elementwise]
+        pieces = elementwise + own + [piece for piece in pieces if piece.scale is None and not piece.elementwise]
         self.targets = [piece.target for piece in pieces]
-        self.half = self._params[0].dtype in HALF
+        self._eta = eta
+        self._elementwise = sum([piece.param.numel() for piece in elementwise])
+        self._own = laid_out([piece.scale for piece in own if piece.scale is not None]) if own else None
+        self._param = laid_out([piece.param for piece in pieces])
+        self._grad = laid_out([piece.grad for piece in pieces])
+        in_place = all(piece.target is piece.param for piece in pieces)
+        self._target = self._param if in_place else laid_out(self.targets)
+        # computed in; what is in half precision in float32
+        self._dtype = torch.float32 if self._param.dtype in HALF else self._param.dtype
+        self._saved: list[Tensor] = []
+        self._spare: Tensor | None = None
+        self._stochastic = execution.stochastic and self._param.dtype in HALF
+        self._order = None
+        if execution.compile and in_place and self._param.numel() > COMPILED_FROM:
+            self._order = common_order(self._param, self._grad)
+        if self._order is not None:
+            self._param, self._grad = flat(self._param), flat(self._grad)
+            self._target = self._param
 
-    def _scales_and_grads(self) -> tuple[list[Tensor], list[Tensor]]:
-        """T, without the trailing ones that are 1, and g. The elementwise T, which come first, are fresh."""
-        n = self._elementwise
-        params, grads, scales = self._params[:n], self._grads, self._scales
-        if self.half:
-            params, grads, scales = ([t.float() for t in tensors] for tensors in (params, grads, scales))
-        magnitudes: list[Tensor] = []
-        if n:
-            magnitudes = list(torch._foreach_abs(params))
-            if self._eta:
-                torch._foreach_add_(magnitudes, self._eta)
-        return magnitudes + scales, grads
+    def _run(self, kernel: Callable[..., Any], *arguments: Any) -> Any:
+        return kernel(*arguments) if self._order is None else compiled(kernel)(*arguments)
+
+    def _number(self, value: float) -> Tensor | float:
+        """As a tensor where code is compiled, which then serves other values too."""
+        if self._order is None:
+            return value
+        return torch.full((), value, dtype=self._dtype, device=self._param.device)
+
+    def _scale(self) -> tuple[Tensor | None, Tensor | float | None]:
+        """What the kernels take for T: a tensor, to be written to, or eta for |w| + eta; neither for 1."""
+        size = self._param.numel()
+        if self._elementwise == size:
+            return None, self._number(self._eta)
+        if self._own is None and self._elementwise == 0:
+            return None, None
+        if self._own is not None and self._own.numel() == size:
+            if self._order is None:
+                return wide(self._own).clone(), None
+            return flat(wide(self._own).clone(memory_format=self._order)), None
+        end = self._elementwise
+        scale = wide(self._param).abs().add_(self._eta)
+        if self._own is not None:
+            end += self._own.numel()
+            scale[self._elementwise : end].copy_(self._own.reshape(-1))
+        scale[end:].fill_(1)
+        return scale, None
 
     def largest_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
         """The largest ``|T g|`` and ``||T g / max |T g| ||_q``: two numbers that neither underflow nor overflow."""
-        scales, grads = self._scales_and_grads()
-        n, m = self._elementwise, len(scales)
-        scaled = scales[:n]
-        if n:
-            torch._foreach_mul_(scaled, grads[:n])
-        if n < m:
-            scaled += torch._foreach_mul(grads[n:m], scales[n:])
-        # max and abs, not the norm of order inf, which takes 10 times as long on the CPU
-        scaled = list(torch._foreach_abs(scaled + grads[m:]))
-        largest = nonzero(torch.stack(torch._foreach_max(scaled)).max())
-        torch._foreach_div_(scaled, largest)
-        return largest, torch.linalg.vector_norm(torch.stack(torch._foreach_norm(scaled, q)), q)
+        kernel = measured if self._order is None or len(self.targets) > 1 else measured_and_copied
+        largest, norm, *copy = self._run(kernel, self._param, self._grad, *self._scale(), q)
+        self._saved = [same.as_strided(self.targets[0].shape, self.targets[0].stride()) for same in copy]
+        return largest, norm
 
     def move(self) -> None:
         """Add the perturbation ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)`` to the targets in place, rounding once."""
-        scales, grads = self._scales_and_grads()
-        m = len(scales)
-        e: list[Tensor] = []
-        if m:
-            e += torch._foreach_mul(grads[:m], scales)
-        if m < len(grads):
-            e += torch._foreach_mul(grads[m:], 1.0)
-        largest, norm = self.dual_norm.on(e[0])
-        if self.q == 1:
-            # sign(nan) is 0; norm is nan where any gradient is not finite, and passes that on
-            e = list(torch._foreach_sign(e))
-            torch._foreach_mul_(e, self.rho * (norm * 0 + 1))
+        size = (self._number(abs(self.rho)), *self.dual_norm.on(self._grad.device, self._dtype))
+        base = None if self._target is self._param else self._target
+        arguments = (base, -1 if self.rho < 0 else 1, self._param, self._grad, *self._scale(), self.q, *size)
+        if len(self.targets) == 1 and not self._stochastic:
+            self._run(move_, *arguments)
+            return
+        values = self._run(moved, *arguments)
+        if self._stochastic:
+            values = rounded(values, self._target.dtype)
+        if len(self.targets) == 1:
+            self._target.copy_(values)
+        elif self._saved:
+            # to make views is what takes long for many small tensors: those of the copy serve to write w + e too
+            self._spare = self._target.clone()
+            self._target.copy_(values)
+            torch._foreach_copy_(self.targets, self._saved)
+            self._target.copy_(self._spare)
+            self._spare = None
         else:
-            torch._foreach_div_(e, largest)
-            if self.q == 2:
-                torch._foreach_mul_(e, self.rho / norm)
+            torch._foreach_copy_(self.targets, views(values, self.targets))
+
+    def keep(self) -> None:
+        """Have the targets, which are the parameters, as they are now for :meth:`put_back`."""
+        if len(self.targets) > 1:
+            self._saved = views(self._target, self.targets)
+        elif not self._saved:
+            self._saved = [self._target.clone()]
+
+    def let_go(self) -> None:
+        """Let go what :meth:`put_back` does not need."""
+        del self._grad, self._own
+        if len(self.targets) == 1:
+            del self._param, self._target
+
+    def put_back(self) -> list[Tensor]:
+        """Make the targets what they were again, and return those whose shape had to be put back first."""
+        if self._spare is not None:
+            self._target.copy_(self._spare)
+        return put_back(self.targets, self._saved)
+
+
+def laid_out(tensors: list[Tensor]) -> Tensor:
+    """One tensor as it is; several end to end, in a new one."""
+    if len(tensors) == 1:
+        return tensors[0]
+    end_to_end: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return end_to_end
+
+
+def views(end_to_end: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The tensors that :func:`laid_out` has laid end to end."""
+    return list(_unflatten_dense_tensors(end_to_end, like))  # type: ignore[no-untyped-call]
+
+
+def common_order(param: Tensor, grad: Tensor) -> torch.memory_format | None:
+    """The order in which both fill their memory without a gap, if there is one."""
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for order in (torch.contiguous_format, orders.get(param.ndim)):
+        if order and param.is_contiguous(memory_format=order) and grad.is_contiguous(memory_format=order):
+            return order
+    return None
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A tensor that fills its memory without a gap, as one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def put_back(targets: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
+    """Copy the originals into the targets, and return the targets whose shape had to be put back first."""
+    try:
+        torch._foreach_copy_(targets, originals)
+    except RuntimeError:
+        resized = []
+        for target, original in zip(targets, originals, strict=True):
+            if target.shape == original.shape:
+                target.copy_(original)
             else:
-                torch._foreach_div_(e, norm)
-                signs = torch._foreach_sign(e)
-                torch._foreach_abs_(e)
-                torch._foreach_pow_(e, self.q - 1)
-                torch._foreach_mul_(e, signs)
-                torch._foreach_mul_(e, self.rho)
-        targets = [target.float() for target in self.targets] if self.half else self.targets
-        if m:
-            torch._foreach_addcmul_(targets[:m], e[:m], scales)
-        if m < len(e):
-            torch._foreach_add_(targets[m:], e[m:])
-        if self.half:
-            torch._foreach_copy_(self.targets, targets)
-
-
-@dataclass(frozen=True)
-class DualNorm:
-    """``||T g||_q`` as the product of the largest magnitude and the norm in units of it."""
-
-    largest: Tensor
-    norm: Tensor
-
-    def pair(self) -> Tensor:
-        """Both numbers as one tensor of shape (2, 1)."""
-        return torch.stack([self.largest, self.norm]).unsqueeze(1)
-
-    def on(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Both numbers on the device and in the dtype of a tensor."""
-        return self.largest.to(like, non_blocking=True), self.norm.to(like, non_blocking=True)
+                target.data = original
+                resized.append(target)
+        return resized
+    return []
 
 
 def dual_norm(blocks: list[Block], q: float) -> DualNorm:
@@ -168,37 +263,3 @@ def dual_norm(blocks: list[Block], q: float) -> DualNorm:
     if not blocks:
         return DualNorm(torch.zeros(()), torch.zeros(()))
     return together([block.largest_and_norm(q) for block in blocks], q)
-
-
-def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
-    """The norm over several parts, from the largest magnitude of each and the norm in units of it."""
-    home = parts[0][0].device
-    dtype = torch.float64 if any(part[0].dtype == torch.float64 for part in parts) else torch.float32
-    largests = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
-    norms = torch.stack([part[1].to(home, dtype, non_blocking=True) for part in parts])
-    largest = largests.max()
-    norm = torch.linalg.vector_norm(norms * (largests / largest), q)
-    # norm >= 1 unless the gradient is zero (or denormal), and then e must be 0 instead of 0 / 0
-    return DualNorm(largest, norm.clamp(min=1e-8))
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: in half precision small numbers, and products of them, would underflow."""
-    return tensor.float() if tensor.dtype in HALF else tensor
-
-
-def nonzero(magnitude: Tensor) -> Tensor:
-    """A magnitude that may be divided by."""
-    return magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
-
-
-def norms(param: Tensor, *, keep_first: bool) -> Tensor:
-    """2-norm over all dimensions, or all but the first: keeps them as 1. Scaled, since squares underflow."""
-    dims = list(range(1 if keep_first else 0, param.ndim))
-    if param.numel() == 0:
-        return param.sum(dim=dims, keepdim=True)
-    values = wide(param)
-    largest = nonzero(values.abs().amax(dim=dims, keepdim=True))
-    squares = (values / largest).square_()
-    result: Tensor = squares.sum(dim=dims, keepdim=True).sqrt_() * largest
-    return result.to(param.dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .blocks import wide
+from .kernels import wide
 from .sharding import groups, local, summed, widest
 
 Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | float, Tensor | float]]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .blocks import HALF, wide
 from .checks import check_count, check_number
+from .kernels import HALF, wide
 from .sharding import groups, local, summed, widest
 
 # Where torch's optimizers, and those built like them, keep a mean of their gradients.

@@ -5,6 +5,7 @@ last part of the training is exact: with a quarter of the steps exact, a trainin
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class EconomicalASAM:
         optimizer: climb against its momentum; by default against a mean of the gradients, with ``decay``.
         decay: of that mean, >= 0 and < 1.
         statistics_every: how often batch-norm statistics are taken while no pass is at w, see :class:`Momentum`.
-        eta, normalization, p, bias, params: the geometry and what is perturbed, as for :class:`ASAM`.
+        eta, normalization, p, bias, params, compile, rounding: as for :class:`ASAM`.
 
     Attributes:
         momentum, exact: the two :class:`ASAM`. Set their ``rho`` to follow a schedule.
@@ -70,6 +71,8 @@ class EconomicalASAM:
         p: float = 2,
         bias: str = "unscaled",
         params: Iterable[str | Tensor] | None = None,
+        compile: bool = False,
+        rounding: str = "nearest",
     ) -> None:
         check_count("steps", steps, 1)
         check_count("warmup", warmup, 0)
@@ -78,12 +81,14 @@ class EconomicalASAM:
             check_number("momentum_rho", momentum_rho, "a finite number >= 0", lambda size: 0 <= size < math.inf)
         chosen = params if params is None or isinstance(params, str | Tensor) else list(params)
         shape: dict[str, Any] = {"eta": eta, "normalization": normalization, "p": p, "bias": bias, "params": chosen}
+        shape |= {"compile": compile, "rounding": rounding}
         self.exact = ASAM(model, rho=rho, **shape)
         direction = Momentum(optimizer, decay=decay, statistics_every=statistics_every)
         size = MULTIPLE * rho if momentum_rho is None else momentum_rho
-        self.momentum = ASAM(model, rho=size, direction=direction, **shape)
-        # the memory of the momentum fills meanwhile
-        self._resting = ASAM(model, rho=0, direction=direction, **shape)
+        with warnings.catch_warnings(action="ignore"):  # the first has told it
+            self.momentum = ASAM(model, rho=size, direction=direction, **shape)
+            # the memory of the momentum fills meanwhile
+            self._resting = ASAM(model, rho=0, direction=direction, **shape)
         self._warmup = warmup
         self._exact_from = max(warmup, steps - round(exact * steps))
         self._calls = 0

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blocks import Block, DualNorm, Piece, dual_norm, norms, packed, together
+from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, packed
 from .checks import check_choice, check_number, check_rho
+from .norms import DualNorm, norms, together
 from .projection import nearest_in_ball
 from .sharding import groups, is_sharded, local, over_shards, shard
 
@@ -186,6 +187,7 @@ class Geometry:
         grads: list[Tensor],
         rho: float,
         targets: Sequence[Tensor] | None = None,
+        execution: Execution = AS_IT_STANDS,
     ) -> Iterator[Block]:
         """Cut the parameters into blocks and yield each, ready to give its part of the maximizer.
 
@@ -197,16 +199,18 @@ class Geometry:
         q = 1.0 if self.p == math.inf else self.p / (self.p - 1)
         kinds = [self._kind(name, param) for name, param in zip(names, params, strict=True)]
         if is_sharded(params):
-            blocks, norm = self._cut_shards(names, kinds, params, grads, targets, q)
+            blocks, norm = self._cut_shards(names, kinds, params, grads, targets, q, execution)
+            grads.clear()
         else:
             scales = [
-                None if kind in ("elementwise", "none") else self._scale(name, param.detach())
+                None if kind == "elementwise" or kind == "none" else self._scale(name, param.detach())
                 for name, kind, param in zip(names, kinds, params, strict=True)
             ]
-            blocks = self._cut(kinds, params, grads, targets, scales)
-            norm = dual_norm(blocks, q)
+            pieces = self._pieces(kinds, params, grads, targets, scales)
+            grads.clear()
             del scales
-        grads.clear()
+            blocks = packed(pieces, self.eta, execution)
+            norm = dual_norm(blocks, q)
         blocks.reverse()
         while blocks:
             block = blocks.pop()
@@ -214,21 +218,20 @@ class Geometry:
             yield block
             del block
 
-    def _cut(
+    def _pieces(
         self,
         kinds: Sequence[Kind],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
         targets: Sequence[Tensor],
         scales: Sequence[Tensor | None],
-    ) -> list[Block]:
-        """Blocks of parameters, with their scales where those are neither |w| + eta nor 1."""
-        pieces = [
+    ) -> list[Piece]:
+        """The parameters that move, with their scales where those are neither |w| + eta nor 1."""
+        return [
             Piece(param, grad, target, scale, kind == "elementwise")
             for kind, param, grad, target, scale in zip(kinds, params, grads, targets, scales, strict=True)
             if param.numel() and kind != "fixed"
         ]
-        return packed(pieces, self.eta)
 
     def _cut_shards(
         self,
@@ -238,6 +241,7 @@ class Geometry:
         grads: Sequence[Tensor],
         targets: Sequence[Tensor],
         q: float,
+        execution: Execution,
     ) -> tuple[list[Block], DualNorm]:
         """Blocks of the local shards, and the norm over the shards of all processes."""
         spread = [groups(param) for param in params]
@@ -245,7 +249,10 @@ class Geometry:
         values = [shard(grad, param) for grad, param in zip(grads, params, strict=True)]
         columns = (kinds, local(params), values, local(targets), self._shard_scales(names, kinds, params))
         rows = list(zip(spread, *columns, strict=True))
-        parts = [self._cut(*zip(*(row[1:] for row in rows if row[0] == layout), strict=True)) for layout in layouts]
+        parts = [
+            packed(self._pieces(*zip(*(row[1:] for row in rows if row[0] == layout), strict=True)), self.eta, execution)
+            for layout in layouts
+        ]
         sizes = [dual_norm(part, q).pair() for part in parts]
         over_shards(sizes, layouts, params, q)
         norm = together([(size[0, 0], size[1, 0]) for size in sizes], q)
@@ -274,7 +281,7 @@ def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def _is_bias(name: str) -> bool:
-    return name.rpartition(".")[2].endswith("bias")
+    return name.endswith("bias")  # a dot is no part of it
 
 
 def _check_names(argument: str, params: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -7,6 +7,7 @@
 Optimizer, scheduler, gradient scaler, clipping, accumulation and checkpoints stay as they are.
 """
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_rho
+from .blocks import Execution
+from .checks import check_choice, check_rho
 from .closures import Closure, as_closures, checked, descend, total
 from .combination import Combine, combine_
 from .direction import Gradient, Momentum
 from .geometry import Geometry
+from .kernels import HALF
 from .parameters import selected_parameters
 from .passes import Passes
 from .perturbation import RandomState, perturbed, run_at, running_statistics
@@ -45,6 +48,11 @@ class ASAM:
         combine: takes the inner products <g0, g0>, <g0, g1> and <g1, g1> of the gradients at w and at w + e, scalar
             tensors, and returns (c0, c1): what is added to ``.grad`` of the perturbed parameters is c0 g0 + c1 g1
             instead of g1. g0 is kept until then, one more copy of them.
+        compile: whether the way to w + e runs as code that ``torch.compile`` makes for it, in which large tensors take
+            half the time. It is made in the first step, in some ten seconds; the model is not compiled.
+        rounding: of w + e where weights are in bfloat16 or float16: to the ``"nearest"``, in which most of what
+            bfloat16 weights should do is lost, or ``"stochastic"``, which keeps it in the mean. The random numbers are
+            from torch's default generators.
 
     Raises:
         ValueError, TypeError: an argument is not one of the above, or the model is wrapped in a way that cannot work.
@@ -76,6 +84,8 @@ class ASAM:
         sync_ascent: bool = False,
         direction: Gradient | Momentum | None = None,
         combine: Combine | None = None,
+        compile: bool = False,
+        rounding: str = "nearest",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -87,6 +97,11 @@ class ASAM:
             raise TypeError(f"direction must be a Gradient or a Momentum, got {type(direction).__name__}")
         if combine is not None and not callable(combine):
             raise TypeError(f"combine must be a callable, got {type(combine).__name__}")
+        if not isinstance(compile, bool):
+            raise TypeError(f"compile must be a bool, got {type(compile).__name__}")
+        if not isinstance(rounding, str):
+            raise TypeError(f"rounding must be a string, got {type(rounding).__name__}")
+        check_choice("rounding", rounding, ("nearest", "stochastic"))
         self.geometry = Geometry(normalization, p, eta, bias)
         self.rho = rho
         self.replay_rng = replay_rng
@@ -102,6 +117,8 @@ class ASAM:
         for name, param in self._params.items():
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
+        if rounding == "nearest":
+            _warn_of_half_precision(self._params)
         sharded = check_sharding(model, self._params)
         self._passes = Passes(model, self._params, self._replicas, self._unsharded, sharded, type(self).__name__)
         self._direction = Gradient() if direction is None else direction
@@ -113,6 +130,7 @@ class ASAM:
             )
         if combine is not None and not self._direction.needs_ascent:
             raise ValueError("combine needs the gradient at w, and direction=Momentum(...) takes none")
+        self._execution = Execution(compile, rounding == "stochastic")
         self._active = False
         self._loss_at = "w"
 
@@ -242,7 +260,9 @@ class ASAM:
         rho: float,
         keeping: Iterable[nn.Module] | None = None,
     ) -> Generator[None, None, None]:
-        return perturbed(self._model, self._unsharded, self.geometry, names, params, grads, rho, keeping)
+        return perturbed(
+            self._model, self._unsharded, self.geometry, names, params, grads, rho, keeping, self._execution
+        )
 
     @contextmanager
     def perturbed(self) -> Iterator[None]:
@@ -290,8 +310,11 @@ class ASAM:
     def _clear_grads(self) -> None:
         """Set the gradients of the whole model to None."""
         self._unsharded.let_go()
-        for param in self._model.parameters():
-            param.grad = None
+        # Module.parameters() finds the same ones, in twice the time
+        for module in self._model.modules():
+            for param in module._parameters.values():
+                if param is not None:
+                    param.grad = None
 
     def state_dict(self) -> dict[str, Any]:
         """What changes during training: ``rho``, and a memory of the direction. The geometry is the constructor's."""
@@ -329,11 +352,21 @@ class ASAM:
         return RandomState({param.device for param in self._params.values()})
 
 
+def _warn_of_half_precision(params: Mapping[str, Tensor]) -> None:
+    half = {str(param.dtype).removeprefix("torch.") for param in params.values() if param.dtype in HALF}
+    if half:
+        warnings.warn(
+            f"weights in {' and '.join(sorted(half))} lose part of the perturbation, where it is smaller than half "
+            "their last digit: keep them in float32 and use torch.autocast, or pass rounding='stochastic'",
+            stacklevel=3,
+        )
+
+
 class SAM(ASAM):
     """Sharpness-Aware Minimization: ASAM with no normalization, a ball of fixed size around the weights.
 
     Args:
-        model, rho, p, bias, params, replay_rng, sync_ascent, direction, combine: as for
+        model, rho, p, bias, params, replay_rng, sync_ascent, direction, combine, compile, rounding: as for
             :class:`ASAM`; of the bias policies, ``"scaled"`` and ``"unscaled"`` are the same here.
 
     Source: Foret et al., arXiv:2010.01412.
@@ -356,6 +389,8 @@ class SAM(ASAM):
         sync_ascent: bool = False,
         direction: Gradient | Momentum | None = None,
         combine: Combine | None = None,
+        compile: bool = False,
+        rounding: str = "nearest",
     ) -> None:
         super().__init__(
             model,
@@ -368,4 +403,6 @@ class SAM(ASAM):
             sync_ascent=sync_ascent,
             direction=direction,
             combine=combine,
+            compile=compile,
+            rounding=rounding,
         )

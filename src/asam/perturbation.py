@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .blocks import CPU_BLOCK
+from .blocks import AS_IT_STANDS, CPU_BLOCK, Block, Execution, put_back
 from .geometry import Geometry
 from .sharding import Unsharded, local
 
@@ -34,6 +34,7 @@ def perturbed(
     grads: list[Tensor],
     rho: float,
     keeping: Iterable[nn.Module] | None = None,
+    execution: Execution = AS_IT_STANDS,
 ) -> Generator[None, None, None]:
     """Yield once, at ``w + e``, with e the maximizer of <grads, e> in the ball of size ``rho``; -e if rho < 0.
 
@@ -44,7 +45,7 @@ def perturbed(
     Raises:
         RuntimeError: an optimizer took a step on one of them meanwhile, or one has another shape afterwards.
     """
-    saved: list[tuple[list[Tensor], list[Tensor]]] = []
+    saved: list[Block] = []
     cut: list[tuple[Tensor, Tensor]] = []
     resized: list[Tensor] = []
     with torch.no_grad():
@@ -52,8 +53,8 @@ def perturbed(
 
     def bring_back() -> None:
         with torch.no_grad():
-            for targets, originals in saved:
-                resized.extend(put_back(targets, originals))
+            for block in saved:
+                resized.extend(block.put_back())
             for param, whole in cut:
                 if param.data_ptr() != whole.data_ptr():
                     resized.extend(put_back([param], [whole]))
@@ -67,10 +68,11 @@ def perturbed(
         with torch.no_grad():
             # these move in slices, which do not follow if the block puts other memory under the parameter
             cut += [(p, p.detach()) for p in params if type(p) is nn.Parameter and p.numel() > CPU_BLOCK]
-            for block in geometry.blocks(names, params, grads, rho):
-                saved.append((block.targets, copies(block.targets)))
+            for block in geometry.blocks(names, params, grads, rho, execution=execution):
+                block.keep()
+                saved.append(block)
                 block.move()
-                del block
+                block.let_go()
         unsharded.let_go()
         # autocast keeps its half-precision copies of the weights for as long as its context is open
         torch.clear_autocast_cache()
@@ -115,22 +117,6 @@ def _refuse_lost_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
 
 register_optimizer_step_pre_hook(_refuse_lost_steps)
-
-
-def put_back(targets: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
-    """Copy the originals into the targets, and return the targets whose shape had to be put back first."""
-    try:
-        torch._foreach_copy_(targets, originals)
-    except RuntimeError:
-        resized = []
-        for target, original in zip(targets, originals, strict=True):
-            if target.shape == original.shape:
-                target.copy_(original)
-            else:
-                target.data = original
-                resized.append(target)
-        return resized
-    return []
 
 
 def running_statistics(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .blocks import nonzero
+from .kernels import nonzero
 
 # A process group, or rather what stands for one in builds of torch without them.
 Group = Any

@@ -31,8 +31,8 @@ class SharpnessAware(Callback):
     """A Lightning callback: a module with automatic optimization trains by ASAM.
 
     Args:
-        rho, eta, normalization, p, bias, replay_rng, sync_ascent: as for :class:`asam.ASAM`. SAM is
-            ``normalization="none"``.
+        rho, eta, normalization, p, bias, replay_rng, sync_ascent, compile, rounding: as for :class:`asam.ASAM`. SAM
+            is ``normalization="none"``.
         params: names or tensors of the module's parameters to perturb, all by default.
 
     Raises:
@@ -62,9 +62,12 @@ class SharpnessAware(Callback):
         params: Iterable[str | Tensor] | None = None,
         replay_rng: bool = False,
         sync_ascent: bool = False,
+        compile: bool = False,
+        rounding: str = "nearest",
     ) -> None:
         self._options: dict[str, Any] = {"eta": eta, "normalization": normalization, "p": p, "bias": bias}
         self._options |= {"replay_rng": replay_rng, "sync_ascent": sync_ascent}
+        self._options |= {"compile": compile, "rounding": rounding}
         # a wrong argument is told now, not when a fit starts; a layer that draws no random numbers
         ASAM(nn.LayerNorm(1), rho=rho, **self._options)
         if params is not None and (isinstance(params, str | Tensor) or not isinstance(params, Iterable)):

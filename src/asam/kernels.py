@@ -1,0 +1,126 @@
+"""The arithmetic of the maximizer on one tensor: its size, and the move to w + e.
+
+As it stands, one operation runs after the other; torch's compiler makes one loop over memory of each function.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: in half precision small numbers, and products of them, would underflow."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def nonzero(magnitude: Tensor) -> Tensor:
+    """A magnitude that may be divided by, and whose reciprocal is finite."""
+    return magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
+
+
+def measured(param: Tensor, grad: Tensor, scale: Tensor | None, eta: Tensor | float | None, q: float) -> Any:
+    """The largest ``|T g|`` and ``||T g / max |T g| ||_q``.
+
+    T is ``scale``, which is written to, or |w| + eta, or 1 if both are None.
+    """
+    scale = _scale(wide(param), scale, eta)
+    scaled = wide(grad) if scale is None else scale.mul_(wide(grad))
+    low, high = torch.aminmax(scaled)
+    largest = nonzero(torch.maximum(high, -low))
+    in_units = scaled * largest.reciprocal() if scale is None else scaled.mul_(largest.reciprocal())
+    return largest, torch.linalg.vector_norm(in_units, q)
+
+
+def perturbation(
+    param: Tensor,
+    grad: Tensor,
+    scale: Tensor | None,
+    eta: Tensor | float | None,
+    q: float,
+    rho: Tensor | float,
+    largest: Tensor,
+    norm: Tensor,
+) -> Tensor:
+    """``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``, with the norm as the product of ``largest`` and ``norm``."""
+    grad = wide(grad)
+    scale = _scale(wide(param), scale, eta)
+    if q == 2:
+        # half of the factor to each T, so that neither product leaves the range of floating point
+        factor = (rho / norm).sqrt() / largest.sqrt()
+        if scale is None:
+            return (grad * factor).mul_(factor)
+        scale *= factor
+        return (grad * scale).mul_(scale)
+    scaled = grad.clone() if scale is None else grad * scale
+    if q == 1:
+        # sign(nan) is 0; largest is not finite where any gradient is not finite, and passes that on
+        e = scaled.sign_().mul_(rho * (largest * 0 + 1))
+    else:
+        scaled.mul_(largest.reciprocal()).div_(norm)
+        e = scaled.abs().pow_(q - 1).mul_(rho).copysign_(scaled)
+    return e if scale is None else e.mul_(scale)
+
+
+def _scale(param: Tensor, scale: Tensor | None, eta: Tensor | float | None) -> Tensor | None:
+    return scale if eta is None else param.abs().add_(eta)
+
+
+def measured_and_copied(param: Tensor, grad: Tensor, scale: Tensor | None, eta: Tensor | float | None, q: float) -> Any:
+    """What :func:`measured` returns, and a copy of the parameter, which is at hand."""
+    return *measured(param, grad, scale, eta, q), param.clone()
+
+
+def moved(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> Tensor:
+    """The base, the parameter itself if None, plus or minus its :func:`perturbation`, in float32 at least."""
+    return torch.add(wide(param if base is None else base), perturbation(param, *arguments), alpha=sign)
+
+
+def move_(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> None:
+    """Put what :func:`moved` returns in the base's place."""
+    base = param if base is None else base
+    if base.dtype in HALF:
+        base.copy_(moved(base, sign, param, *arguments))
+    else:
+        base.add_(perturbation(param, *arguments), alpha=sign)
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """To half precision by chance: to either neighbor, with the probability that keeps the value in the mean.
+
+    Rounded to the nearest instead, most weights would swallow a perturbation smaller than half their last digit.
+    """
+    magnitudes = values.abs()
+    near = magnitudes.to(dtype)
+    # as integers, the neighbors of a magnitude are one apart
+    below = near.view(torch.int16) - (near > magnitudes).to(torch.int16)
+    low = below.view(dtype).to(values.dtype)
+    gap = (below + 1).view(dtype).to(values.dtype) - low
+    up = torch.rand_like(values) * gap < magnitudes - low
+    return (below + up.to(torch.int16)).view(dtype).copysign(values)
+
+
+@cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as torch's compiler makes it, for tensors of any size and numbers of any value.
+
+    Where it cannot, for want of a C++ compiler for example, the function runs as it stands, with one warning.
+    """
+    fast: Callable[..., Any] = torch.compile(function, dynamic=True, fullgraph=True)
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        nonlocal fast
+        try:
+            return fast(*arguments, **options)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
+            warnings.warn(f"compile=True has no effect, torch.compile failed: {reason}", stacklevel=2)
+            fast = function
+            return function(*arguments, **options)
+
+    return run

@@ -1,0 +1,49 @@
+"""Norms that neither underflow nor overflow: a largest magnitude, and the norm in units of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .kernels import nonzero, wide
+
+
+@dataclass(frozen=True)
+class DualNorm:
+    """``||T g||_q`` as the product of the largest magnitude and the norm in units of it."""
+
+    largest: Tensor
+    norm: Tensor
+
+    def pair(self) -> Tensor:
+        """Both numbers as one tensor of shape (2, 1)."""
+        return torch.stack([self.largest, self.norm]).unsqueeze(1)
+
+    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Both numbers on a device and in a dtype."""
+        return self.largest.to(device, dtype, non_blocking=True), self.norm.to(device, dtype, non_blocking=True)
+
+
+def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
+    """The norm over several parts, from the largest magnitude of each and the norm in units of it."""
+    home = parts[0][0].device
+    dtype = torch.float64 if any(part[0].dtype == torch.float64 for part in parts) else torch.float32
+    largests = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
+    norms = torch.stack([part[1].to(home, dtype, non_blocking=True) for part in parts])
+    largest = largests.max()
+    norm = torch.linalg.vector_norm(norms * (largests / largest), q)
+    # a zero gradient gives e = 0 instead of 0 / 0
+    return DualNorm(largest, norm.masked_fill(norm == 0, torch.inf))
+
+
+def norms(param: Tensor, *, keep_first: bool) -> Tensor:
+    """2-norm over all dimensions, or all but the first: keeps them as 1. Scaled, since squares underflow."""
+    dims = list(range(1 if keep_first else 0, param.ndim))
+    if param.numel() == 0:
+        return param.sum(dim=dims, keepdim=True)
+    values = wide(param)
+    largest = nonzero(values.abs().amax(dim=dims, keepdim=True))
+    squares = (values / largest).square_()
+    result: Tensor = squares.sum(dim=dims, keepdim=True).sqrt_() * largest
+    return result.to(param.dtype)

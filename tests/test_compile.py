@@ -1,0 +1,119 @@
+"""compile=True: the same perturbation by code that torch's compiler makes."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch._inductor.utils import fresh_inductor_cache
+
+from asam import ASAM, EconomicalASAM
+from asam.blocks import COMPILED_FROM
+from asam.kernels import compiled
+
+WIDE = 400
+assert WIDE**2 > COMPILED_FROM
+
+
+def network():
+    """Tensors that are compiled for: large ones, a large one with its channels last, and many small ones together."""
+    layers = nn.ModuleList([nn.Linear(WIDE, WIDE), nn.Conv2d(64, 256, 3).to(memory_format=torch.channels_last)])
+    return layers.extend(nn.Linear(100, 100) for _ in range(16))
+
+
+def there(model, **options):
+    """The weights at w + e, after a look that they come back."""
+    asam = ASAM(model, **options)
+    generator = torch.Generator().manual_seed(1)
+    before = copy.deepcopy(model.state_dict())
+    for param in model.parameters():
+        param.grad = torch.empty_like(param).copy_(torch.randn(param.shape, generator=generator))
+    with asam.perturbed():
+        moved = copy.deepcopy(model.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return {name: value - before[name] for name, value in moved.items()}
+
+
+def assert_compiled_is_eager(model, **options):
+    slow, fast = there(model, **options), there(model, compile=True, **options)
+    for name, e in slow.items():
+        torch.testing.assert_close(fast[name], e, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# torch's own, while it compiles
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def start():
+    compiled.cache_clear()
+    torch.compiler.reset()
+    yield
+    compiled.cache_clear()
+    torch.compiler.reset()
+
+
+def test_it_is_the_same_and_another_rho_compiles_nothing():
+    model = network()
+    assert_compiled_is_eager(model, rho=0.5)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for rho in (0.05, 0.7, 2):
+            assert_compiled_is_eager(model, rho=rho)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eta": 0.0},
+        {"bias": "scaled"},
+        {"normalization": "none"},
+        {"normalization": "filterwise"},
+        {"normalization": "layerwise"},
+        {"p": float("inf")},
+        {"p": 1.5},
+    ],
+    ids=str,
+)
+def test_it_is_the_same_for_every_geometry(options):
+    assert_compiled_is_eager(network(), rho=0.5, **options)
+
+
+@pytest.mark.slow
+def test_it_is_the_same_in_other_dtypes():
+    assert_compiled_is_eager(network().double(), rho=0.5)
+    model = network().bfloat16()
+    with pytest.warns(UserWarning, match="lose part"):
+        slow, fast = there(model, rho=5), there(model, rho=5, compile=True)
+    # both round to the nearest what may lie on either side of the middle
+    different = sum(int((fast[name] != e).sum()) for name, e in slow.items())
+    assert different < 1e-3 * sum(e.numel() for e in slow.values())
+
+
+@pytest.mark.slow
+def test_against_the_momentum():
+    inputs, grads = torch.randn(8, WIDE), []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(WIDE, WIDE)
+        asam = EconomicalASAM(model, steps=4, exact=0.5, compile=fast)
+        for _ in range(4):
+            asam.backward(partial(lambda layer: layer(inputs).square().mean(), model))
+        grads.append(model.weight.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-7)
+
+
+def test_without_a_compiler_it_runs_as_it_is_with_one_warning():
+    model = network()[:1]
+    slow = there(model)
+    with (
+        fresh_inductor_cache(),
+        torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/c++")}),
+        pytest.warns(UserWarning, match="compile=True has no effect") as told,
+    ):
+        fast, again = there(model, compile=True), there(model, compile=True)
+    assert len(told) == 2  # one for the size of the gradient, one for the move
+    for result in (fast, again):
+        assert all(torch.equal(value, slow[name]) for name, value in result.items())
