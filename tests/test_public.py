@@ -99,6 +99,8 @@ def test_signatures():
         ("*p", 2),
         ("*bias", "unscaled"),
         ("*params", None),
+        ("*compile", False),
+        ("*rounding", "nearest"),
     ]
     assert arguments(Geometry) == [("normalization", "elementwise"), ("p", 2), ("eta", 0.01), ("bias", "unscaled")]
     assert arguments(SharpnessAwareOptimizer) == [("asam", REQUIRED), ("base_optimizer", REQUIRED)]
