@@ -89,7 +89,7 @@ def test_what_asam_applies_is_the_papers(setting):
 @pytest.mark.parametrize("setting", SETTINGS, ids=label)
 def test_scales(setting):
     params = mappings(0)
-    del setting["p"]
+    setting = {name: value for name, value in setting.items() if name != "p"}
     expected = {name: scale(name, w, **setting) for name, w in params.items()}
     assert_near(Geometry(**setting).scales(params), expected)
     assert all(s.shape == params[name].shape for name, s in Geometry(**setting).scales(params).items())
