@@ -1,0 +1,67 @@
+"""Tensors that are blocks of their own: in any order in memory and in half precision they move as small ones do."""
+
+import pytest
+import torch
+from slow_reference import assert_near, assert_same, gradients, maximizer, weights
+from torch import nn
+
+from asam import ASAM
+
+RHO = 0.3
+LARGE = 20_000  # elements; a tensor of more than an eighth of 2**17 lies beside no others
+
+
+def convolution(dtype=torch.float64, order=torch.contiguous_format):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(50, 50, 3, bias=False)).to(dtype).to(memory_format=order)
+
+
+def perturbed(model, coefficients, **setting):
+    """The weights before, and while they are perturbed; the gradient is given by the coefficients."""
+    before = weights(model)
+    assert before["0.weight"].numel() > LARGE
+    model[0].weight.grad = coefficients
+    asam = ASAM(model, rho=RHO, **setting)
+    with asam.perturbed():
+        there = weights(model)
+    assert_same(weights(model), before)
+    return before, there
+
+
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise"])
+@pytest.mark.parametrize("grad_order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_any_order_in_memory(order, grad_order, normalization):
+    model = convolution(order=order)
+    coefficients = torch.randn(50, 50, 3, 3, dtype=torch.float64).to(memory_format=grad_order)
+    before, there = perturbed(model, coefficients, normalization=normalization)
+    e = maximizer(before, {"0.weight": coefficients}, RHO, normalization=normalization)
+    assert_near(there, {"0.weight": before["0.weight"] + e["0.weight"]})
+    assert model[0].weight.is_contiguous(memory_format=order)
+
+
+@pytest.mark.filterwarnings("ignore:weights in .* lose part")
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, rounding):
+    coefficients = torch.randn(50, 50, 3, 3, dtype=dtype)
+    before, there = perturbed(convolution(dtype), coefficients, rounding=rounding)
+    wide = {name: w.double() for name, w in before.items()}
+    exact = wide["0.weight"] + maximizer(wide, {"0.weight": coefficients.double()}, RHO)["0.weight"]
+    digit = torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    error = (there["0.weight"].double() - exact).abs()
+    # to the nearest half a last digit, by chance a whole one; the scale itself is of single precision
+    assert (error <= digit * (1.01 if rounding == "stochastic" else 0.51)).all()
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_a_step_is_that_of_small_blocks(order, monkeypatch):
+    def step():
+        model = convolution(order=order)
+        inputs = torch.randn(2, 50, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        ASAM(model, rho=RHO).backward(lambda: model(inputs).square().mean())
+        return gradients(model)
+
+    large = step()
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", 1000)
+    assert_near(step(), large, rtol=1e-10)
