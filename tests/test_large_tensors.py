@@ -28,13 +28,17 @@ def perturbed(model, coefficients, **setting):
     return before, there
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("normalization", ["elementwise", "filterwise"])
 @pytest.mark.parametrize("grad_order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-def test_any_order_in_memory(order, grad_order, normalization):
+def test_any_order_in_memory(order, grad_order, normalization, compiled, monkeypatch):
+    # how compiled code gets its tensors, not what the compiler makes of it, which takes long
+    monkeypatch.setattr("asam.blocks.compiled", lambda kernel: kernel)
+    monkeypatch.setattr("asam.blocks.COMPILED_FROM", 1000)
     model = convolution(order=order)
     coefficients = torch.randn(50, 50, 3, 3, dtype=torch.float64).to(memory_format=grad_order)
-    before, there = perturbed(model, coefficients, normalization=normalization)
+    before, there = perturbed(model, coefficients, normalization=normalization, compile=compiled)
     e = maximizer(before, {"0.weight": coefficients}, RHO, normalization=normalization)
     assert_near(there, {"0.weight": before["0.weight"] + e["0.weight"]})
     assert model[0].weight.is_contiguous(memory_format=order)

@@ -119,3 +119,23 @@ def test_how_a_step_is_made_is_checked(bad):
     (name,) = bad
     with pytest.raises((TypeError, ValueError), match=f"{name} must be"):
         ASAM(nn.Linear(2, 1), **bad)
+
+
+def test_ctrl_c_while_small_tensors_are_moved(monkeypatch):
+    """They are laid end to end in a buffer that serves w + e and the copy of w, one after the other."""
+    model = nn.Linear(2, 2)
+    before, copy, calls = weights(model), torch._foreach_copy_, []
+
+    def interrupted(targets, values):
+        calls.append(1)
+        copy(targets, values)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    asam = ASAM(model)
+    model(torch.ones(1, 2)).sum().backward()
+    monkeypatch.setattr(torch, "_foreach_copy_", interrupted)
+    with pytest.raises(KeyboardInterrupt), asam.perturbed():
+        pytest.fail("the weights have not been moved")
+    assert_same(weights(model), before)
+    assert len(calls) > 1
