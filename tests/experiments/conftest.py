@@ -1,6 +1,7 @@
 import multiprocessing
 import shutil
 import sys
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,12 @@ from asam.experiments.cli import run
 @pytest.fixture(scope="module", autouse=True)
 def forked():
     """Workers of commands in this process are forked by the server, which has imported torch, instead of spawned."""
-    server = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("forkserver"))
+
+    def get_context(_):
+        forkserver.ensure_running()  # now: it would keep the signals blocked that are blocked where it starts
+        return multiprocessing.get_context("forkserver")
+
+    server = SimpleNamespace(get_context=get_context)
     with pytest.MonkeyPatch.context() as patch:
         for module in (compare, workers):
             patch.setattr(module, "multiprocessing", server)
