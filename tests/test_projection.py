@@ -8,6 +8,7 @@ from slow_reference import assert_near, scale
 from test_geometry import RHO, mappings
 
 from asam import Geometry
+from asam.projection import nearest_in_ball
 
 optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
 NORMS = [1.2, 1.5, 2, 3, 8, math.inf]
@@ -115,3 +116,25 @@ def test_a_non_finite_point_is_not_made_finite(p, value):
     params, e = outside()
     e["fc.weight"][0, 0] = value
     assert Geometry(p=p).project(params, e, RHO)["fc.weight"][0, 0].isnan()
+
+
+@pytest.mark.parametrize("p", [1.5, 2, 3, math.inf])
+def test_zero_stays_zero_in_a_ball_of_any_size(p):
+    for rho in (0.0, 1.0):
+        assert torch.equal(nearest_in_ball(torch.zeros(3), p, rho), torch.zeros(3))
+    assert torch.equal(nearest_in_ball(torch.tensor([3.0, -4.0]), p, 0.0), torch.zeros(2))
+
+
+@pytest.mark.parametrize("p", [1.5, 2, 3])
+def test_a_ball_of_size_one(p):
+    inside_another_ball = {1.5: [0.7, 0.7], 2: [0.9, 0.9], 3: [0.95, 0.95]}[p]  # that of the next larger p
+    u = torch.tensor(inside_another_ball, dtype=torch.float64)
+    projected = nearest_in_ball(u, p, 1.0)
+    assert torch.linalg.vector_norm(projected, p).item() == pytest.approx(1, rel=1e-12)
+    assert projected[0] == projected[1]
+
+
+@pytest.mark.parametrize("p", [1.5, 3])
+def test_a_point_on_the_sphere_is_its_own(p):
+    u = torch.tensor([0.3, -0.7, 0.1], dtype=torch.float64)
+    assert torch.equal(nearest_in_ball(u, p, torch.linalg.vector_norm(u, p).item()), u)
