@@ -73,7 +73,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.skipif(not hasattr(torch, "_foreach_clone"), reason="torch 2.6 copies tensors one by one")
+@pytest.mark.skipif(not hasattr(torch, "_foreach_clone"), reason="this torch copies tensors one by one")
 @pytest.mark.parametrize("layers", [plain_layers, normalized_layers])
 @pytest.mark.parametrize("make", MAKERS)
 def test_operations_for_160_tensors(make, layers):

@@ -1,0 +1,40 @@
+"""Norms of whole tensors and of their rows: of any size, of any magnitude, of no elements."""
+
+import pytest
+import torch
+
+from asam import Geometry
+from asam.norms import norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_rows_of_any_magnitude(dtype):
+    """Each row in units of its own largest number: of a larger one's, a small row would be 0."""
+    tiny, huge = float(torch.finfo(dtype).tiny) * 8, float(torch.finfo(dtype).max) / 8
+    rows = torch.tensor([[3 * tiny, 4 * tiny], [3 * huge, -4 * huge], [0.0, 0.0]], dtype=dtype)
+    found = norms(rows, keep_first=True)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found, torch.tensor([[5 * tiny], [5 * huge], [0.0]], dtype=dtype), rtol=1e-2, atol=0)
+    assert norms(rows, keep_first=False).shape == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "keep_first", "expected"),
+    [((0, 3), True, (0, 1)), ((0, 3), False, (1, 1)), ((2, 0, 4), True, (2, 1, 1)), ((0,), False, (1,))],
+)
+def test_tensors_of_no_elements(shape, keep_first, expected):
+    found = norms(torch.empty(shape), keep_first=keep_first)
+    assert found.shape == expected
+    assert not found.any()
+
+
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise", "layerwise", "none"])
+def test_a_parameter_of_no_elements_changes_nothing(normalization):
+    geometry = Geometry(normalization)
+    params, grads = {"weight": torch.tensor([[1.0, 2.0]])}, {"weight": torch.tensor([[3.0, -1.0]])}
+    alone = geometry.maximizer(params, grads, 0.5)
+    empty = torch.empty(0, 3)
+    beside = geometry.maximizer({"empty": empty, **params}, {"empty": empty, **grads}, 0.5)
+    assert beside["empty"].shape == (0, 3)
+    assert torch.equal(beside["weight"], alone["weight"])
+    assert geometry.maximizer({"empty": empty}, {"empty": empty}, 0.5)["empty"].shape == (0, 3)
