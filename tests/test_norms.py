@@ -38,3 +38,22 @@ def test_a_parameter_of_no_elements_changes_nothing(normalization):
     assert beside["empty"].shape == (0, 3)
     assert torch.equal(beside["weight"], alone["weight"])
     assert geometry.maximizer({"empty": empty}, {"empty": empty}, 0.5)["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise"])
+def test_small_numbers_in_half_precision_do_not_vanish(normalization, dtype):
+    """T g is 1e-8 here, less than the smallest number of float16."""
+    torch.manual_seed(0)
+    params, grads = (
+        {"weight": (0.01 * torch.randn(20, 30)).to(dtype)},
+        {"weight": (1e-5 * torch.randn(20, 30)).to(dtype)},
+    )
+    geometry = Geometry(normalization, eta=0.0)
+    e = geometry.maximizer(params, grads, 0.5)["weight"]
+    exact = geometry.maximizer({"weight": params["weight"].double()}, {"weight": grads["weight"].double()}, 0.5)[
+        "weight"
+    ]
+    assert e.dtype == dtype
+    # a last digit; the scales of rows are of half precision themselves
+    torch.testing.assert_close(e.double(), exact, rtol=3 * torch.finfo(dtype).eps, atol=1e-7)
