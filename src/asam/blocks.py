@@ -108,9 +108,9 @@ class Block:
     Half precision is computed in float32: a float16 product of a weight and a gradient would underflow.
     """
 
-    rho: float
     q: float
-    dual_norm: DualNorm
+    sign: int
+    factors: tuple[Tensor, ...]
 
     def __init__(self, pieces: list[Piece], eta: float, execution: Execution) -> None:
         # those with T = |w| + eta first, then those with a scale of their own, then those with T = 1
@@ -174,9 +174,9 @@ class Block:
 
     def move(self) -> None:
         """Add the perturbation ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)`` to the targets in place, rounding once."""
-        size = (self._number(abs(self.rho)), *self.dual_norm.on(self._grad.device, self._dtype))
+        factors = [factor.to(self._param.device, self._dtype, non_blocking=True) for factor in self.factors]
         base = None if self._target is self._param else self._target
-        arguments = (base, -1 if self.rho < 0 else 1, self._param, self._grad, *self._scale(), self.q, *size)
+        arguments = (base, self.sign, self._param, self._grad, *self._scale(), self.q, factors)
         if len(self.targets) == 1 and not self._stochastic:
             self._run(move_, *arguments)
             return

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, packed
 from .checks import check_choice, check_number, check_rho
+from .kernels import factors
 from .norms import DualNorm, norms, together
 from .projection import nearest_in_ball
 from .sharding import groups, is_sharded, local, over_shards, shard
@@ -211,10 +212,11 @@ class Geometry:
             del scales
             blocks = packed(pieces, self.eta, execution)
             norm = dual_norm(blocks, q)
+        sign, numbers = (-1 if rho < 0 else 1), factors(q, abs(rho), norm.largest, norm.norm)
         blocks.reverse()
         while blocks:
             block = blocks.pop()
-            block.rho, block.q, block.dual_norm = rho, q, norm
+            block.q, block.sign, block.factors = q, sign, numbers
             yield block
             del block
 

@@ -4,7 +4,7 @@ As it stands, one operation runs after the other; torch's compiler makes one loo
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -29,7 +29,7 @@ def measured(param: Tensor, grad: Tensor, scale: Tensor | None, eta: Tensor | fl
 
     T is ``scale``, which is written to, or |w| + eta, or 1 if both are None.
     """
-    scale = _scale(wide(param), scale, eta)
+    scale = _scale(param, scale, eta)
     scaled = wide(grad) if scale is None else scale.mul_(wide(grad))
     low, high = torch.aminmax(scaled)
     largest = nonzero(torch.maximum(high, -low))
@@ -37,38 +37,40 @@ def measured(param: Tensor, grad: Tensor, scale: Tensor | None, eta: Tensor | fl
     return largest, torch.linalg.vector_norm(in_units, q)
 
 
-def perturbation(
-    param: Tensor,
-    grad: Tensor,
-    scale: Tensor | None,
-    eta: Tensor | float | None,
-    q: float,
-    rho: Tensor | float,
-    largest: Tensor,
-    norm: Tensor,
-) -> Tensor:
-    """``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``, with the norm as the product of ``largest`` and ``norm``."""
-    grad = wide(grad)
-    scale = _scale(wide(param), scale, eta)
+def factors(q: float, rho: float, largest: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
+    """What :func:`perturbation` takes, from the two numbers of :func:`measured` over all tensors, for 0 <= rho."""
     if q == 2:
         # half of the factor to each T, so that neither product leaves the range of floating point
-        factor = (rho / norm).sqrt() / largest.sqrt()
+        return ((rho / norm).sqrt() / largest.sqrt(),)
+    if q == 1:
+        # sign(nan) is 0; largest is not finite where any gradient is not, and passes that on
+        return (rho * (largest * 0 + 1),)
+    return rho + norm * 0, largest.reciprocal(), norm
+
+
+def perturbation(
+    param: Tensor, grad: Tensor, scale: Tensor | None, eta: Tensor | float | None, q: float, factors: Sequence[Tensor]
+) -> Tensor:
+    """``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``, with T as :func:`measured` takes it."""
+    grad = wide(grad)
+    scale = _scale(param, scale, eta)
+    if q == 2:
         if scale is None:
-            return (grad * factor).mul_(factor)
-        scale *= factor
+            return (grad * factors[0]).mul_(factors[0])
+        scale *= factors[0]
         return (grad * scale).mul_(scale)
     scaled = grad.clone() if scale is None else grad * scale
     if q == 1:
-        # sign(nan) is 0; largest is not finite where any gradient is not finite, and passes that on
-        e = scaled.sign_().mul_(rho * (largest * 0 + 1))
+        e = scaled.sign_().mul_(factors[0])
     else:
-        scaled.mul_(largest.reciprocal()).div_(norm)
+        rho, unit, norm = factors
+        scaled.mul_(unit).div_(norm)
         e = scaled.abs().pow_(q - 1).mul_(rho).copysign_(scaled)
     return e if scale is None else e.mul_(scale)
 
 
 def _scale(param: Tensor, scale: Tensor | None, eta: Tensor | float | None) -> Tensor | None:
-    return scale if eta is None else param.abs().add_(eta)
+    return scale if eta is None else wide(param).abs().add_(eta)
 
 
 def measured_and_copied(param: Tensor, grad: Tensor, scale: Tensor | None, eta: Tensor | float | None, q: float) -> Any:

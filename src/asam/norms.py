@@ -20,21 +20,19 @@ class DualNorm:
         """Both numbers as one tensor of shape (2, 1)."""
         return torch.stack([self.largest, self.norm]).unsqueeze(1)
 
-    def on(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Both numbers on a device and in a dtype."""
-        return self.largest.to(device, dtype, non_blocking=True), self.norm.to(device, dtype, non_blocking=True)
-
 
 def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
     """The norm over several parts, from the largest magnitude of each and the norm in units of it."""
-    home = parts[0][0].device
-    dtype = torch.float64 if any(part[0].dtype == torch.float64 for part in parts) else torch.float32
-    largests = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
-    norms = torch.stack([part[1].to(home, dtype, non_blocking=True) for part in parts])
-    largest = largests.max()
-    norm = torch.linalg.vector_norm(norms * (largests / largest), q)
-    # a zero gradient gives e = 0 instead of 0 / 0
-    return DualNorm(largest, norm.masked_fill(norm == 0, torch.inf))
+    largest, norm = parts[0]
+    if len(parts) > 1:
+        home = largest.device
+        dtype = torch.float64 if any(part[0].dtype == torch.float64 for part in parts) else torch.float32
+        largests = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
+        norms = torch.stack([part[1].to(home, dtype, non_blocking=True) for part in parts])
+        largest = largests.max()
+        norm = torch.linalg.vector_norm(norms * (largests / largest), q)
+    # at least 1, unless the gradient is zero (or denormal), and then e must be 0 instead of 0 / 0
+    return DualNorm(largest, norm.clamp(min=0.5))
 
 
 def norms(param: Tensor, *, keep_first: bool) -> Tensor:
