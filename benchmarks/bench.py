@@ -2,10 +2,11 @@
 
     python benchmarks/bench.py [--quick] [--large] [--json PATH]
 
-Three measurements: training steps (steps.py), ascent and restore alone (ascent.py), and sharpness (sharpness.py). One
-thread on one core, CPU time, all variants once in each round, ratios within a round: medians and bootstrap 95 %
-intervals (measure.py). The row "again" is the yardstick once more: no difference smaller than its interval means
-anything. The other implementation is pytorch_optimizer's SAM with adaptive=True, as it is and with foreach=True.
+Four measurements: training steps (steps.py), ascent and restore alone (ascent.py), how these grow (growth.py), and
+sharpness (sharpness.py). One thread on one core, CPU time, all variants once in each round, ratios within a round:
+medians and bootstrap 95 % intervals (measure.py). The row "again" is the yardstick once more: no difference smaller
+than its interval means anything. The other implementation is pytorch_optimizer's SAM with adaptive=True, as it is and
+with foreach=True.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from ascent import measure_ascent
+from growth import measure_growth
 from measure import hardware, settle
 from rich.console import Console
 from rich.table import Table
@@ -76,6 +78,9 @@ def main() -> None:
     for lists in weights(arguments.large):
         results.append(measure_ascent(lists, budget))
         _show(console, results[-1])
+    for table in measure_growth(budget):
+        results.append(table)
+        _show(console, table)
     for workload, batches in zip(workloads(), (20, 16, 8, 1), strict=True):
         results.append(measure_sharpness(workload, 1 if arguments.quick else batches, budget))
         _show(console, results[-1])

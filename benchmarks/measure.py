@@ -56,9 +56,9 @@ def seconds_of(step: Callable[[], object], repeats: int = 1) -> float:
     return (time.process_time() - start) / repeats
 
 
-def clocked(step: Callable[[], object], repeats: int = 1) -> Callable[[], float]:
-    """The step as something that returns its CPU seconds."""
-    return lambda: seconds_of(step, repeats)
+def clocked(step: Callable[[], object], repeats: int = 1, length: int = 1) -> Callable[[], float]:
+    """The step, or each of the ``length`` steps that it takes, as something that returns its CPU seconds."""
+    return lambda: seconds_of(step, repeats) / length
 
 
 def rounds_of(variants: dict[str, Callable[[], float]], budget: float, at_least: int = 3) -> dict[str, list[float]]:
