@@ -40,7 +40,7 @@ package: $(READY)  ## what is published, in dist/
 	$(BIN)/twine check --strict dist/*
 
 bench: $(READY)  ## cost per step and memory, beside plain SGD and another implementation
-	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/bench.py --out docs/performance
 
 reproduce: $(READY)  ## every study at laptop scale into docs/results; takes more than an hour on two cores
 	for study in $(STUDIES); do \

@@ -1,12 +1,12 @@
 """What sharpness-aware minimization costs on the CPU, beside plain SGD and beside another implementation.
 
-    python benchmarks/bench.py [--quick] [--large] [--json PATH]
+    python benchmarks/bench.py [--quick] [--large] [--out DIR]
 
 Four measurements: training steps (steps.py), ascent and restore alone (ascent.py), how these grow (growth.py), and
 sharpness (sharpness.py). One thread on one core, CPU time, all variants once in each round, ratios within a round:
 medians and bootstrap 95 % intervals (measure.py). The row "again" is the yardstick once more: no difference smaller
-than its interval means anything. The other implementation is pytorch_optimizer's SAM with adaptive=True, as it is and
-with foreach=True.
+than its interval means anything. The other implementations are pytorch_optimizer's SAM with adaptive=True, as
+it is and with foreach=True, and in the steps sam_pytorch's, which is not adaptive.
 """
 
 import argparse
@@ -49,14 +49,24 @@ def _cell(key: str, value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _markdown(run: dict[str, Any], results: list[dict[str, Any]]) -> str:
+    lines = ["# What a step costs: all tables", "", ", ".join(f"{key}: {value}" for key, value in run.items())]
+    for result in results:
+        keys = list(result["rows"][0])
+        lines += ["", f"## {result['title']}", "", f"{result['rounds']} rounds.", ""]
+        lines += [f"| {' | '.join(keys)} |", f"| {' | '.join('---' if key == 'variant' else '--:' for key in keys)} |"]
+        lines += [f"| {' | '.join(_cell(key, row[key]) for key in keys)} |" for row in result["rows"]]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time and memory of ASAM on the CPU.", allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="about a minute: too short to conclude anything from")
     parser.add_argument("--large", action="store_true", help="the parameters of GPT-2 124M too; needs 4 GB")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the results to this file as well")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write bench.json and bench.md there as well")
     arguments = parser.parse_args()
-    if arguments.json and not arguments.json.parent.is_dir():
-        parser.error(f"--json: no such directory: {arguments.json.parent}")
+    if arguments.out and not arguments.out.is_dir():
+        parser.error(f"--out: no such directory: {arguments.out}")
     settle()
 
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -66,6 +76,7 @@ def main() -> None:
         "python": platform.python_version(),
         "asam": asam.__version__,
         "pytorch_optimizer": version("pytorch_optimizer"),
+        "sam_pytorch": version("sam_pytorch"),
         "command": shlex.join(["python", *sys.argv]),
     }
     console.print(", ".join(f"{key}: {value}" for key, value in run.items()), highlight=False, soft_wrap=True)
@@ -84,8 +95,11 @@ def main() -> None:
     for workload, batches in zip(workloads(), (20, 16, 8, 1), strict=True):
         results.append(measure_sharpness(workload, 1 if arguments.quick else batches, budget))
         _show(console, results[-1])
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**run, "tables": results}, default=asdict, indent=2) + "\n")
+    if arguments.out:
+        (arguments.out / "bench.json").write_text(
+            json.dumps({**run, "tables": results}, default=asdict, indent=2) + "\n"
+        )
+        (arguments.out / "bench.md").write_text(_markdown(run, results))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytorch_optimizer
+import sam
 import torch
 from measure import clocked, median, peak_bytes, ratio, rounds_of
 from torch import Tensor
@@ -71,6 +72,7 @@ def steps(workload: Workload) -> dict[str, tuple[Callable[[], object], int]]:
 
         return step
 
+    not_adaptive = sam.SAM(model.parameters(), torch.optim.SGD(model.parameters(), **options), RHO)
     asam = ours(ASAM(model, rho=RHO))
     against_own = ours(ASAM(model, rho=RHO, direction=Momentum()))
     part = workload.closure(len(workload.inputs) // 4)
@@ -88,6 +90,7 @@ def steps(workload: Workload) -> dict[str, tuple[Callable[[], object], int]]:
         "Momentum(optimizer)": ours(ASAM(model, rho=RHO, direction=Momentum(optimizer))),
         "pytorch_optimizer.SAM": peer(None),
         "pytorch_optimizer.SAM, foreach": peer(True),
+        "sam_pytorch.SAM": lambda: not_adaptive.step(forward_backward),
     }
     norms = norm_parameters(model)
     if norms:
