@@ -19,12 +19,13 @@ from .norms import DualNorm, together
 # Elements in a block: what stays in a core's cache on the CPU; what bounds the scratch memory on an accelerator.
 CPU_BLOCK = 2**17
 ACCELERATOR_BLOCK = 2**24
-# A tensor larger than this part of a block is one of its own: laying it beside others would take longer than it saves.
-ALONE = 8
 # Elements in a block that compiled code works on: it has no scratch memory, and a call of it costs as much as 2**16.
 COMPILED_BLOCK = 2**20
-# Smaller ones gain nothing from it.
-COMPILED_FROM = 2**17
+# A tensor of more elements than this part of a block is one of its own: to lay it beside others would take longer than
+# it saves. Compiled code has more work for those.
+ALONE, COMPILED_ALONE = 8, 32
+# Blocks of fewer elements gain nothing from being compiled for.
+COMPILED_FROM = 2**15
 
 
 @dataclass(slots=True)  # not frozen: that costs a microsecond for each of many small tensors
@@ -65,12 +66,13 @@ def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Blo
     parts: list[list[Piece]] = []
     for (device, _), members in groups.items():
         limit = ACCELERATOR_BLOCK if device.type != "cpu" else COMPILED_BLOCK if execution.compile else CPU_BLOCK
+        alone = limit // (COMPILED_ALONE if execution.compile else ALONE)
         small, room = list[Piece](), 0
         for piece in members:
             size = piece.param.numel()
             if size > limit:
                 parts.extend([part] for part in piece.cut(limit))
-            elif size > limit // ALONE:
+            elif size > alone:
                 parts.append([piece])
             else:
                 if size > room:

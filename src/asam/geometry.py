@@ -249,7 +249,9 @@ class Geometry:
         spread = [groups(param) for param in params]
         layouts = list(dict.fromkeys(spread))
         values = [shard(grad, param) for grad, param in zip(grads, params, strict=True)]
-        columns = (kinds, local(params), values, local(targets), self._shard_scales(names, kinds, params))
+        shards = local(params)
+        goals = shards if targets is params else local(targets)
+        columns = (kinds, shards, values, goals, self._shard_scales(names, kinds, params))
         rows = list(zip(spread, *columns, strict=True))
         parts = [
             packed(self._pieces(*zip(*(row[1:] for row in rows if row[0] == layout), strict=True)), self.eta, execution)
