@@ -45,7 +45,7 @@ def factors(q: float, rho: float, largest: Tensor, norm: Tensor) -> tuple[Tensor
     if q == 1:
         # sign(nan) is 0; largest is not finite where any gradient is not, and passes that on
         return (rho * (largest * 0 + 1),)
-    return rho + norm * 0, largest.reciprocal(), norm
+    return torch.full_like(norm, rho), largest.reciprocal(), norm
 
 
 def perturbation(
