@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._inductor.utils import fresh_inductor_cache
+from torch.utils.flop_counter import FlopCounterMode
 
 from asam import ASAM, EconomicalASAM
 from asam.blocks import COMPILED_FROM
@@ -60,6 +61,8 @@ def test_it_is_the_same_and_another_rho_compiles_nothing():
     with torch._dynamo.config.patch(error_on_recompile=True):
         for rho in (0.05, 0.7, 2):
             assert_compiled_is_eager(model, rho=rho)
+        with FlopCounterMode(display=False):  # which compiled code would make fail
+            assert_compiled_is_eager(model, rho=rho)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
@@ -103,6 +106,17 @@ def test_against_the_momentum():
             asam.backward(partial(lambda layer: layer(inputs).square().mean(), model))
         grads.append(model.weight.grad)
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_more_geometries_than_torch_allows_code_for_run_as_they_are():
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
+    with torch._dynamo.config.patch({limit: 1}):
+        assert_compiled_is_eager(network()[:1], bias="fixed")
+        with pytest.warns(UserWarning, match="compile=True has no effect"):
+            assert_compiled_is_eager(network()[:1], bias="fixed", p=3)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert_compiled_is_eager(network()[:1], bias="fixed")
 
 
 def test_without_a_compiler_it_runs_as_it_is_with_one_warning():

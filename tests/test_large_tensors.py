@@ -28,8 +28,12 @@ def perturbed(model, coefficients, **setting):
     return before, there
 
 
+def shifted(w):
+    return w.abs() + 1
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("normalization", ["elementwise", "filterwise"])
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise", shifted])
 @pytest.mark.parametrize("grad_order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 def test_any_order_in_memory(order, grad_order, normalization, compiled, monkeypatch):

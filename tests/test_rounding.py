@@ -95,3 +95,17 @@ def test_the_random_numbers_are_torchs():
         draws.append(rounded(torch.linspace(0, 1, 1000), torch.bfloat16))
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+def test_replayed_dropout_does_not_replay_the_rounding():
+    model, inputs, seen = network(torch.bfloat16), torch.randn(8, 64).bfloat16(), []
+
+    def closure():
+        seen.append(model[0].weight.detach().clone())
+        return model(inputs).square().mean()
+
+    asam = ASAM(model, replay_rng=True, rounding="stochastic")
+    for _ in range(2):
+        asam.backward(closure)
+    assert torch.equal(seen[0], seen[2])
+    assert not torch.equal(seen[1], seen[3])

@@ -24,6 +24,8 @@ COMPILED_BLOCK = 2**20
 # A tensor of more elements than this part of a block is one of its own: to lay it beside others would take longer than
 # it saves. Compiled code has more work for those.
 ALONE, COMPILED_ALONE = 8, 32
+# Elements in a tensor that take as long to copy three times as a view of it takes to make.
+FEW = 2**12
 # Blocks of fewer elements gain nothing from being compiled for.
 COMPILED_FROM = 2**15
 
@@ -142,17 +144,11 @@ class Block:
     def _run(self, kernel: Callable[..., Any], *arguments: Any) -> Any:
         return kernel(*arguments) if self._order is None else compiled(kernel)(*arguments)
 
-    def _number(self, value: float) -> Tensor | float:
-        """As a tensor where code is compiled, which then serves other values too."""
-        if self._order is None:
-            return value
-        return torch.full((), value, dtype=self._dtype, device=self._param.device)
-
-    def _scale(self) -> tuple[Tensor | None, Tensor | float | None]:
+    def _scale(self) -> tuple[Tensor | None, float | None]:
         """What the kernels take for T: a tensor, to be written to, or eta for |w| + eta; neither for 1."""
         size = self._param.numel()
         if self._elementwise == size:
-            return None, self._number(self._eta)
+            return None, self._eta
         if self._own is None and self._elementwise == 0:
             return None, None
         if self._own is not None and self._own.numel() == size:
@@ -187,8 +183,8 @@ class Block:
             values = rounded(values, self._target.dtype)
         if len(self.targets) == 1:
             self._target.copy_(values)
-        elif self._saved:
-            # to make views is what takes long for many small tensors: those of the copy serve to write w + e too
+        elif self._saved and self._target.numel() < FEW * len(self.targets):
+            # to make views is what takes long for many tiny tensors: those of the copy serve to write w + e too
             self._spare = self._target.clone()
             self._target.copy_(values)
             torch._foreach_copy_(self.targets, self._saved)

@@ -111,8 +111,8 @@ class Geometry:
     def maximizer(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
         """The perturbation e in the ball that maximizes <g, e>, one tensor per parameter.
 
-        It does not depend on the size of g, only on its direction; a zero gradient gives e = 0, a non-finite one a
-        non-finite e.
+        It does not depend on the size of g, only on its direction, as long as T g is a normal number of its dtype; a
+        zero gradient gives e = 0, a non-finite one a non-finite e.
 
         Raises:
             ValueError: ``grads`` and ``params`` do not have the same names, or ``rho`` is negative.

@@ -49,10 +49,11 @@ class ASAM:
             tensors, and returns (c0, c1): what is added to ``.grad`` of the perturbed parameters is c0 g0 + c1 g1
             instead of g1. g0 is kept until then, one more copy of them.
         compile: whether the way to w + e runs as code that ``torch.compile`` makes for it, in which large tensors take
-            half the time. It is made in the first step, in some ten seconds; the model is not compiled.
+            half the time. It is made in the first step, in some ten seconds; the model is not compiled. The copy of w
+            is taken while the gradients at w are there: one more copy at the peak.
         rounding: of w + e where weights are in bfloat16 or float16: to the ``"nearest"``, in which most of what
             bfloat16 weights should do is lost, or ``"stochastic"``, which keeps it in the mean. The random numbers are
-            from torch's default generators.
+            from torch's default generators, of each process its own.
 
     Raises:
         ValueError, TypeError: an argument is not one of the above, or the model is wrapped in a way that cannot work.
@@ -118,7 +119,7 @@ class ASAM:
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
         if rounding == "nearest":
-            _warn_of_half_precision(self._params)
+            _warn_of_half_precision(self._params, 3 if type(self) is ASAM else 4)
         sharded = check_sharding(model, self._params)
         self._passes = Passes(model, self._params, self._replicas, self._unsharded, sharded, type(self).__name__)
         self._direction = Gradient() if direction is None else direction
@@ -197,13 +198,14 @@ class ASAM:
                 return descend(descents, backward)
             before = self._random_state() if self.replay_rng else None
             loss, names, params, grads, units_at_w = self._passes.ascend(ascents, backward, averaged=self.sync_ascent)
-            after = self._random_state() if self.replay_rng else None
             at_w = list(grads) if self._combine else []
             grads = self._direction.climbed(names, grads, units_at_w)
             units: list[Tensor] = []
 
             def descent() -> None:
+                after = None
                 if before is not None:
+                    after = self._random_state()
                     before.restore()
                 try:
                     descend(descents, backward, units)
@@ -352,13 +354,13 @@ class ASAM:
         return RandomState({param.device for param in self._params.values()})
 
 
-def _warn_of_half_precision(params: Mapping[str, Tensor]) -> None:
+def _warn_of_half_precision(params: Mapping[str, Tensor], stacklevel: int) -> None:
     half = {str(param.dtype).removeprefix("torch.") for param in params.values() if param.dtype in HALF}
     if half:
         warnings.warn(
             f"weights in {' and '.join(sorted(half))} lose part of the perturbation, where it is smaller than half "
             "their last digit: keep them in float32 and use torch.autocast, or pass rounding='stochastic'",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 

@@ -53,10 +53,10 @@ def perturbed(
 
     def bring_back() -> None:
         with torch.no_grad():
-            for block in saved:
+            for block in reversed(saved):  # memory that two parameters share was moved twice
                 resized.extend(block.put_back())
             for param, whole in cut:
-                if param.data_ptr() != whole.data_ptr():
+                if param.data_ptr() != whole.data_ptr() or param.shape != whole.shape:
                     resized.extend(put_back([param], [whole]))
             buffers.restore()
         unsharded.let_go()

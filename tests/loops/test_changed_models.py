@@ -256,3 +256,25 @@ def test_an_embedding_with_a_largest_norm():
     ASAM(model, rho=1.0).backward(closure)
     assert_same(weights(model), w)
     assert model.weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize("width", [6, LARGE])
+def test_memory_that_two_parameters_share_is_w_again(width):
+    model = nn.Sequential(nn.Linear(width, width), nn.Linear(width, width)).double()
+    model[1].weight.data = model[0].weight.data
+    before, inputs = weights(model), torch.randn(4, width, dtype=torch.float64)
+    ASAM(model).backward(lambda: model(inputs).square().mean())
+    assert_same(weights(model), before)
+
+
+def test_fewer_rows_at_the_same_address_are_told():
+    model, closure = problem(LARGE)
+    before = weights(model)
+    closure().backward()
+
+    def cut():
+        model[0].weight.data = model[0].weight.data[:5]
+
+    with pytest.raises(RuntimeError, match=r"shape of a parameter changed .*: 0\.weight"), ASAM(model).perturbed():
+        cut()
+    assert_same(weights(model), before)
