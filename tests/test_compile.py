@@ -119,6 +119,27 @@ def test_more_geometries_than_torch_allows_code_for_run_as_they_are():
             assert_compiled_is_eager(network()[:1], bias="fixed")
 
 
+@pytest.mark.parametrize(("name", "tries"), [("BackendCompilerFailed", 1), ("FailOnRecompileLimitHit", 3)])
+def test_it_is_tried_again_where_torch_had_code_enough(name, tries, monkeypatch):
+    error, tried = type(name, (Exception,), {"__module__": "torch._dynamo.exc"}), []
+
+    def fast(value):
+        tried.append(value)
+        raise error("no")
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: fast)
+    run = compiled(lambda value: value + 1)
+    with pytest.warns(UserWarning, match="compile=True has no effect, torch.compile failed: no"):
+        assert [run(value) for value in range(3)] == [1, 2, 3]
+    assert len(tried) == tries
+
+
+def test_an_error_of_the_arithmetic_is_told(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    with pytest.raises(ZeroDivisionError):
+        compiled(lambda value: 1 / value)(0)
+
+
 def test_without_a_compiler_it_runs_as_it_is_with_one_warning():
     model = network()[:1]
     slow = there(model)

@@ -1,4 +1,4 @@
-"""Sums over shards, with groups of this process alone: what several add up is in the tests of directions and combine."""
+"""Sums over shards, in groups of this process alone: what several add up is in the tests of directions."""
 
 import pytest
 import torch
