@@ -118,6 +118,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, t
         (["--rho-sam", "-1"], "--rho-sam"),
         (["--dataset", "cifar"], "--dataset"),
         (["--dataset", "fashion-mnist", "--data-dir", "/nowhere"], "/nowhere"),
+        (["--data-dir", "/nowhere"], "digits come with scikit-learn: leave --data-dir out"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )

@@ -160,6 +160,8 @@ def _read(dataset: str, folder: str | None) -> _Source:
     if dataset == "digits":
         from sklearn.datasets import load_digits
 
+        if folder is not None:
+            raise InputError("digits come with scikit-learn: leave --data-dir out")
         digits = load_digits()
         return _gray(digits.images, digits.target)
     if dataset == "glyphs":
