@@ -34,29 +34,58 @@ class NoStep(torch.optim.Optimizer):
         pass
 
 
-def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
-    model = lists.model
+def floor_of(flat: Tensor) -> Callable[[], None]:
+    """5 P of traffic over a flat tensor of all parameters and one like it."""
+    grad, out = torch.randn_like(flat), torch.empty_like(flat)
+
+    def floor() -> None:
+        torch.dot(flat, grad)
+        torch.add(flat, grad, out=out)
+
+    return floor
+
+
+def installing(model: nn.Module) -> Callable[[], None]:
+    """What gives every parameter a fresh clone of its gradient of random numbers."""
     params = list(model.parameters())
     grads = [torch.randn_like(param) for param in params]
-    flat_w = torch.cat([param.detach().flatten() for param in params])
-    flat_g = torch.cat([grad.flatten() for grad in grads])
-    out, size = torch.empty_like(flat_w), flat_w.nbytes
-    asam_, sam = ASAM(model, rho=RHO), SAM(model, rho=RHO)
-    fast = ASAM(model, rho=RHO, compile=True)
-    loop, foreach = (
-        pytorch_optimizer.SAM(params, NoStep, rho=RHO, adaptive=True, foreach=flag) for flag in (None, True)
-    )
 
     def install() -> None:
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.clone()
 
-    def ours(minimizer: ASAM) -> Visit:
-        def visit(there: Callable[[], object]) -> None:
-            with minimizer.perturbed():
-                there()
+    return install
 
-        return visit
+
+def ours(minimizer: ASAM) -> Visit:
+    def visit(there: Callable[[], object]) -> None:
+        with minimizer.perturbed():
+            there()
+
+    return visit
+
+
+def timed(visit: Visit, install: Callable[[], None]) -> Callable[[], float]:
+    """The seconds of a visit with nothing to do there."""
+
+    def variant() -> float:
+        install()
+        return seconds_of(lambda: visit(_nothing))
+
+    return variant
+
+
+def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
+    model = lists.model
+    params = list(model.parameters())
+    install = installing(model)
+    flat = torch.cat([param.detach().flatten() for param in params])
+    out, size = torch.empty_like(flat), flat.nbytes
+    asam_, sam = ASAM(model, rho=RHO), SAM(model, rho=RHO)
+    fast = ASAM(model, rho=RHO, compile=True)
+    loop, foreach = (
+        pytorch_optimizer.SAM(params, NoStep, rho=RHO, adaptive=True, foreach=flag) for flag in (None, True)
+    )
 
     def peer(optimizer: pytorch_optimizer.SAM) -> Visit:
         def visit(there: Callable[[], object]) -> None:
@@ -70,20 +99,17 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
     plain = Geometry(eta=0, bias="scaled")
     visits = {
         "asam.ASAM": (ours(asam_), asam_.geometry),
-        "asam.ASAM, compile": (ours(fast), fast.geometry),
+        "asam.ASAM, compile=True": (ours(fast), fast.geometry),
         "asam.SAM": (ours(sam), sam.geometry),
         "pytorch_optimizer.SAM": (peer(loop), plain),
         "pytorch_optimizer.SAM, foreach": (peer(foreach), plain),
     }
 
-    def floor() -> None:
-        torch.dot(flat_w, flat_g)
-        torch.add(flat_w, flat_g, out=out)
-
+    floor = floor_of(flat)
     variants = {
         FLOOR: clocked(floor),
         f"{FLOOR}, again": clocked(floor),
-        "copy, 2 P": clocked(lambda: out.copy_(flat_w)),
+        "copy, 2 P": clocked(lambda: out.copy_(flat)),
     }
     errors, peaks = {}, {}
     for name, (visit, geometry) in visits.items():
@@ -96,11 +122,7 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
 
         peaks[name] = peak_bytes(all_of_it) / size - 1  # the gradients themselves
 
-        def variant(visit: Visit = visit) -> float:
-            install()
-            return seconds_of(lambda: visit(_nothing))
-
-        variants[name] = variant
+        variants[name] = timed(visit, install)
     samples = rounds_of(variants, budget)
     rows = [
         {
@@ -112,7 +134,7 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
         }
         for name, times in samples.items()
     ]
-    title = f"Ascent and restore: {lists.title}, {len(params)} tensors, {len(flat_w):,} elements"
+    title = f"Ascent and restore: {lists.title}, {len(params)} tensors, {len(flat):,} elements"
     return {"title": title, "rounds": len(samples[FLOOR]), "rows": rows}
 
 

@@ -21,7 +21,7 @@ from workloads import Workload
 from asam import ASAM, SAM, Gradient, Momentum, norm_parameters
 
 RHO = 0.05
-SGD, PASSES = "SGD step", "two bare passes"
+SGD, PASSES, OURS = "SGD step", "two bare passes", "asam.ASAM"
 
 
 def steps(workload: Workload) -> dict[str, tuple[Callable[[], object], int]]:
@@ -80,7 +80,7 @@ def steps(workload: Workload) -> dict[str, tuple[Callable[[], object], int]]:
         SGD: sgd,
         PASSES: two_passes,
         f"{PASSES}, again": two_passes,
-        "asam.ASAM": asam,
+        OURS: asam,
         "asam.ASAM, compile=True": ours(ASAM(model, rho=RHO, compile=True)),
         "asam.SAM": ours(SAM(model, rho=RHO)),
         "Gradient(mean=-1.0), Friendly": ours(ASAM(model, rho=RHO, direction=Gradient(mean=-1.0))),

@@ -1,8 +1,11 @@
 """Error against cost: what is counted, and what of ASAM's gain is kept."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from asam.experiments import InputError
 from asam.experiments.studies import cost
 from asam.experiments.study import CONTRADICTED, REPRODUCES
 
@@ -87,3 +90,11 @@ def test_runs_of_the_forms_are_what_they_say():
     assert (own.method, own.exact, own.memory, own.momentum_rho) == ("economical", 0.0, "own", 2.0)
     assert theirs == own.but(memory="optimizer")
     assert runs["digits/ASAM/seed0"].rho == 2.0
+
+
+def test_the_folder_is_for_the_data_that_needs_one():
+    laptop = replace(cost.STUDY.settings["laptop"], data_dir="data")
+    folders = {run.dataset: run.data_dir for run in cost.STUDY.plan(laptop, {}).values()}
+    assert folders == {"digits": None, "fashion-mnist": "data", "glyphs": "data"}
+    with pytest.raises(InputError, match="digits come with scikit-learn: leave --data-dir out"):
+        cost.STUDY.check(replace(SETTINGS, data_dir="data"))

@@ -63,11 +63,17 @@ class Settings:
     data_dir: str | None = None
 
 
+def _folder(settings: Settings, part: Part) -> str | None:
+    """The folder of the data. Digits need none: where there is other data too, it is for that."""
+    mixed = any(other.dataset != "digits" for other in settings.parts)
+    return None if mixed and part.dataset == "digits" else settings.data_dir
+
+
 def _tuning(settings: Settings, part: Part) -> Tuning:
     base = Run(
         "sgd",
         dataset=part.dataset,
-        data_dir=settings.data_dir,
+        data_dir=_folder(settings, part),
         model=part.model,
         noise=part.noise,
         lr=part.lr,
@@ -236,7 +242,7 @@ def _frontier(points: Mapping[str, tuple[float, Sequence[float]]]) -> str:
 
 def _check(settings: Settings) -> None:
     for part in settings.parts:
-        load(part.dataset, settings.data_dir, part.noise, 0, part.train_size)
+        load(part.dataset, _folder(settings, part), part.noise, 0, part.train_size)
 
 
 WEIGHTS: dict[str, Any] = {"perturb": "weights", "bias": "fixed"}
