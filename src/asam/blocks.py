@@ -17,13 +17,13 @@ from .kernels import HALF, compiled, measured, measured_and_copied, move_, moved
 from .norms import DualNorm, together
 
 # Elements in a block: what stays in a core's cache on the CPU; what bounds the scratch memory on an accelerator.
-CPU_BLOCK = 2**17
+CPU_BLOCK = 2**18
 ACCELERATOR_BLOCK = 2**24
 # Elements in a block that compiled code works on: it has no scratch memory, and a call of it costs as much as 2**16.
 COMPILED_BLOCK = 2**20
 # A tensor of more elements than this part of a block is one of its own: to lay it beside others would take longer than
 # it saves. Compiled code has more work for those.
-ALONE, COMPILED_ALONE = 8, 32
+ALONE, COMPILED_ALONE = 16, 32
 # Elements in a tensor that take as long to copy three times as a view of it takes to make.
 FEW = 2**12
 # Blocks of fewer elements gain nothing from being compiled for.

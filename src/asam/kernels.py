@@ -51,23 +51,21 @@ def factors(q: float, rho: float, largest: Tensor, norm: Tensor) -> tuple[Tensor
 
 def perturbation(
     param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None, q: float, factors: Sequence[Tensor]
-) -> Tensor:
-    """``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``, with T as :func:`measured` takes it."""
+) -> tuple[Tensor, Tensor | None]:
+    """``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``, with T as :func:`measured` takes it: a tensor, or two to multiply."""
     grad = wide(grad)
     scale = _scale(param, scale, eta)
     if q == 2:
         if scale is None:
-            return (grad * factors[0]).mul_(factors[0])
+            return (grad * factors[0]).mul_(factors[0]), None
         scale *= factors[0]
-        return (grad * scale).mul_(scale)
+        return grad * scale, scale
     scaled = grad.clone() if scale is None else grad * scale
     if q == 1:
-        e = scaled.sign_().mul_(factors[0])
-    else:
-        rho, unit, norm = factors
-        scaled.mul_(unit).div_(norm)
-        e = scaled.abs().pow_(q - 1).mul_(rho).copysign_(scaled)
-    return e if scale is None else e.mul_(scale)
+        return scaled.sign_().mul_(factors[0]), scale
+    rho, unit, norm = factors
+    scaled.mul_(unit).div_(norm)
+    return scaled.abs().pow_(q - 1).mul_(rho).copysign_(scaled), scale
 
 
 def _scale(param: Tensor, scale: Tensor | None, eta: float | None) -> Tensor | None:
@@ -81,7 +79,9 @@ def measured_and_copied(param: Tensor, grad: Tensor, scale: Tensor | None, eta: 
 
 def moved(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> Tensor:
     """The base, the parameter itself if None, plus or minus its :func:`perturbation`, in float32 at least."""
-    return torch.add(wide(param if base is None else base), perturbation(param, *arguments), alpha=sign)
+    e, scale = perturbation(param, *arguments)
+    base = wide(param if base is None else base)
+    return torch.add(base, e, alpha=sign) if scale is None else torch.addcmul(base, e, scale, value=sign)
 
 
 def move_(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> None:
@@ -89,8 +89,12 @@ def move_(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> Non
     base = param if base is None else base
     if base.dtype in HALF:
         base.copy_(moved(base, sign, param, *arguments))
+        return
+    e, scale = perturbation(param, *arguments)
+    if scale is None:
+        base.add_(e, alpha=sign)
     else:
-        base.add_(perturbation(param, *arguments), alpha=sign)
+        base.addcmul_(e, scale, value=sign)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

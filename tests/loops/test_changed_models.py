@@ -8,7 +8,7 @@ from torch import nn
 from asam import ASAM, SharpnessAwareOptimizer
 from asam.blocks import CPU_BLOCK
 
-LARGE = 400  # a square of it moves in slices
+LARGE = 600  # a square of it moves in slices
 assert LARGE**2 > CPU_BLOCK
 
 
