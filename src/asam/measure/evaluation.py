@@ -12,8 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..perturbation import Buffers, RandomState, copies
 from .batches import Piece
 
-HALF = {torch.float16, torch.bfloat16}
-
 
 class Evaluation:
     """A context in which a model may be moved and evaluated; at its end everything is as it was.
@@ -54,21 +52,25 @@ class Evaluation:
     def __exit__(self, *error: object) -> None:
         self._stack.close()
 
-    def move(self, perturbation: Tensor | None, scales: Tensor | None = None) -> None:
-        """Bring the model to w + e, with e one vector of all parameters (times ``scales``); None: to w itself."""
+    def move(self, perturbation: Tensor | None, factors: Sequence[Tensor] | None = None) -> None:
+        """Bring the model to w + e, with e one vector of all parameters, times ``factors`` if there are any.
+
+        None: to w itself.
+        """
         with torch.no_grad():
+            data = [param.data for param in self._params]
             if perturbation is None:
-                torch._foreach_copy_([param.data for param in self._params], self.weights)
-                return
-            sizes = [weight.numel() for weight in self.weights]
-            parts = torch.split(perturbation, sizes)
-            factors = [None] * len(sizes) if scales is None else torch.split(scales, sizes)
-            for param, weight, part, factor in zip(self._params, self.weights, parts, factors, strict=True):
-                e = part.view_as(weight).to(weight.device)
-                if factor is None:
-                    torch.add(weight, e, out=param.data)
-                else:
-                    torch.addcmul(weight, factor.view_as(weight).to(weight.device), e, out=param.data)
+                torch._foreach_copy_(data, self.weights)
+            elif factors is None:
+                for moved, weight, e in zip(data, self.weights, self.parts(perturbation), strict=True):
+                    torch.add(weight, e, out=moved)
+            else:
+                for moved, weight, e, factor in zip(data, self.weights, self.parts(perturbation), factors, strict=True):
+                    torch.addcmul(weight, factor, e, out=moved)
+
+    def parts(self, vector: Tensor) -> list[Tensor]:
+        """A vector of all parameters as a tensor for each, of its shape, on its device: views where it is there."""
+        return [part.to(weight.device) for part, weight in zip(self._views(vector), self.weights, strict=True)]
 
     def put(self, state: Mapping[str, Tensor]) -> None:
         """Give parameters and buffers these values, by their names in the state dict."""
@@ -100,7 +102,8 @@ class Evaluation:
         """The mean loss over the pieces and its gradient, one vector of all parameters."""
         examples = sum(piece.size for piece in pieces)
         losses: list[Tensor] = []
-        gradient: list[Tensor] = []
+        gradient = self._zeros(1)[0]
+        totals = self.parts(gradient)
         with torch.enable_grad():
             for piece in pieces:
                 loss, _ = self._call(piece)
@@ -110,28 +113,25 @@ class Evaluation:
                         "the loss depends on none of the parameters: loss_fn must use the model it is given"
                     )
                 losses.append(loss.detach())
-                _accumulate(gradient, grads, self._params, piece.size / examples)
+                _accumulate(totals, grads, piece.size / examples)
                 del loss, grads
                 self._restore_buffers()
-        sizes = torch.tensor([piece.size for piece in pieces], dtype=torch.float64)
-        mean = torch.stack(losses).double().cpu() @ sizes / examples
-        return float(mean), _joined(gradient)
+        self._gather(totals, gradient)
+        values = torch.stack(losses).tolist()
+        return sum(value * piece.size for value, piece in zip(values, pieces, strict=True)) / examples, gradient
 
     def hessian_product(self, pieces: Sequence[Piece], vectors: Tensor) -> Tensor:
         """H v for every row v of ``vectors`` (k, n): a graph of the gradient per piece, used k times."""
         examples = sum(piece.size for piece in pieces)
-        products: list[list[Tensor]] = [[] for _ in vectors]
-        sizes = [param.numel() for param in self._params]
-        rows = [
-            [part.view_as(param).to(param) for part, param in zip(torch.split(v, sizes), self._params, strict=True)]
-            for v in vectors
-        ]
+        products = self._zeros(len(vectors))
+        rows = [[part.to(param) for part, param in zip(self.parts(v), self._params, strict=True)] for v in vectors]
+        totals = list(map(self.parts, products))
         # fused attention has no double backward
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for piece in pieces:
                 loss, _ = self._call(piece)
                 grads = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
-                for product, row in zip(products, rows, strict=True):
+                for total, row in zip(totals, rows, strict=True):
                     used = [(g, v) for g, v in zip(grads, row, strict=True) if g is not None and g.requires_grad]
                     if used:
                         outputs, weights = zip(*used, strict=True)
@@ -140,9 +140,11 @@ class Evaluation:
                         )
                     else:  # the loss is linear in the parameters
                         second = (None,) * len(self._params)
-                    _accumulate(product, second, self._params, piece.size / examples)
+                    _accumulate(total, second, piece.size / examples)
                 self._restore_buffers()
-        return torch.stack([_joined(product) for product in products])
+        for total, product in zip(totals, products, strict=True):
+            self._gather(total, product)
+        return products
 
     def _call(self, piece: Piece) -> tuple[Tensor, Mapping[str, Any]]:
         result = self._loss_fn(self._model, piece.batch)
@@ -161,6 +163,25 @@ class Evaluation:
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("the loss has no gradient: loss_fn must not detach it or run under torch.no_grad()")
         return loss if loss.ndim == 0 else loss.reshape(()), others
+
+    def _zeros(self, rows: int) -> Tensor:
+        """So many vectors of all parameters, in the highest precision among them, at least float32."""
+        dtype = torch.float32
+        for param in self._params:
+            dtype = torch.promote_types(dtype, param.dtype)
+        return torch.zeros(
+            rows, sum(param.numel() for param in self._params), dtype=dtype, device=self._params[0].device
+        )
+
+    def _views(self, vector: Tensor) -> list[Tensor]:
+        parts = torch.split(vector, [param.numel() for param in self._params])
+        return [part.view_as(param) for part, param in zip(parts, self._params, strict=True)]
+
+    def _gather(self, parts: Sequence[Tensor], vector: Tensor) -> None:
+        """Write those parts of a vector into it that are not views of it, but on other devices."""
+        for part, view in zip(parts, self._views(vector), strict=True):
+            if part.device != view.device:
+                view.copy_(part)
 
     def _restore(self) -> None:
         self.move(None)
@@ -194,21 +215,10 @@ def _exact_arithmetic(stack: ExitStack, model: nn.Module, device_types: set[str]
         stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False))
 
 
-def _accumulate(total: list[Tensor], grads: Sequence[Tensor | None], params: Sequence[Tensor], weight: float) -> None:
-    """Add the weighted gradients to the total, which is empty before the first; in float32 at least."""
-    parts = [torch.zeros_like(param) if grad is None else grad for grad, param in zip(grads, params, strict=True)]
-    if not {part.layout for part in parts} <= {torch.strided}:
-        parts = [part.to_dense() if part.layout != torch.strided else part for part in parts]
-    if {part.dtype for part in parts} & HALF:
-        parts = [part.float() if part.dtype in HALF else part for part in parts]
-    if total:
-        torch._foreach_add_(total, parts, alpha=weight)
-    else:
-        total.extend(torch._foreach_mul(parts, weight))
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    dtype = torch.float32
-    for part in parts:
-        dtype = torch.promote_types(dtype, part.dtype)
-    return torch.cat([part.reshape(-1).to(parts[0].device, dtype) for part in parts])
+def _accumulate(totals: list[Tensor], grads: Sequence[Tensor | None], weight: float) -> None:
+    """Add weighted gradients, which may be sparse or in half precision, to totals; None is 0."""
+    used = [grad for grad in grads if grad is not None]
+    if len(used) < len(grads):
+        totals = [total for total, grad in zip(totals, grads, strict=True) if grad is not None]
+    if used:
+        torch._foreach_add_(totals, used, alpha=weight)

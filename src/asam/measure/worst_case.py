@@ -191,6 +191,7 @@ class _Ball:
     def __init__(self, objective: Objective, evaluation: Evaluation, geometry: Geometry) -> None:
         self.evaluation = evaluation
         self.scales = objective.scales(geometry)
+        self.factors = evaluation.parts(self.scales)
         self.p = float(geometry.p)
         self.eps = max(torch.finfo(weight.dtype).eps for weight in evaluation.weights)
 
@@ -217,7 +218,7 @@ class _Climb:
         self.origin = Point(nowhere, self.base, gradient.mul_(ball.scales))
 
     def evaluate(self, u: Tensor, with_gradient: bool) -> Point:
-        self.ball.evaluation.move(u, self.ball.scales)
+        self.ball.evaluation.move(u, self.ball.factors)
         if not with_gradient:
             return Point(u, self.ball.evaluation.means(self.pieces)["loss"], u[:0])
         self.evaluations += 1
