@@ -17,7 +17,7 @@ from . import InputError
 from .database import check, file_url
 from .environment import environment
 from .files import claim_folder, plain, write
-from .runs import Runs
+from .runs import Runs, Together
 from .study import Findings, Outcome, Scale, Study
 from .study_page import markdown, page
 from .workers import work_together
@@ -78,9 +78,9 @@ def reproduce(
     runs = Runs(url, name)
     try:
         if workers == 1:
-            _work(study.plan, study.perform, settings, runs, progress)
+            _work(study.plan, study.perform, study.together, settings, runs, progress)
         else:
-            arguments = (study.plan, study.perform, settings, url, name)
+            arguments = (study.plan, study.perform, study.together, settings, url, name)
             work_together(_worker, arguments, workers, lambda: _counted(study, settings, runs, progress))
         outcomes, records = runs.outcomes(), runs.records()
     finally:
@@ -117,7 +117,12 @@ def _config(study: Study, scale: Scale, settings: Any) -> dict[str, Any]:
 
 
 def _work(
-    plan: Plan, perform: Perform, settings: Any, runs: Runs, progress: Progress = lambda done, planned: None
+    plan: Plan,
+    perform: Perform,
+    together: Together | None,
+    settings: Any,
+    runs: Runs,
+    progress: Progress = lambda done, planned: None,
 ) -> None:
     """Stage after stage: a stage is what the outcomes of those before it let the study name."""
     torch.set_num_threads(1)
@@ -134,11 +139,11 @@ def _work(
             finished += 1
             progress(finished, total)
 
-        runs.work(planned, perform, done)
+        runs.work(planned, perform, done, together)
 
 
-def _worker(plan: Plan, perform: Perform, settings: Any, url: str, name: str) -> None:
-    _work(plan, perform, settings, Runs(url, name))
+def _worker(plan: Plan, perform: Perform, together: Together | None, settings: Any, url: str, name: str) -> None:
+    _work(plan, perform, together, settings, Runs(url, name))
 
 
 def _counted(study: Study, settings: Any, runs: Runs, progress: Progress) -> bool:

@@ -12,9 +12,10 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 import optuna
@@ -27,6 +28,19 @@ from .database import FAULTS, experimental, open_database, refusals
 
 HANDFUL = 10  # runs that a worker offers at a time: few, so that others rarely offer the same
 POLL = 0.5  # seconds between looks at runs that others are doing
+
+
+@dataclass(frozen=True)
+class Together:
+    """How to perform several runs at once, where that is faster.
+
+    Args:
+        alike: the same for runs that can be performed at once; None for one that cannot.
+        perform: their outcomes.
+    """
+
+    alike: Callable[[Any], Hashable | None]
+    perform: Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class Runs:
@@ -47,7 +61,10 @@ class Runs:
         return {name: json.loads(trial.user_attrs["result"])["outcome"] for name, trial in self._done().items()}
 
     def records(self) -> list[dict[str, Any]]:
-        """Every run that is done, with what it was, who did it and when, in the order of the names."""
+        """Every run that is done, with what it was, who did it and when, in the order of the names.
+
+        The seconds are those of all the runs that were performed at once with it; ``together`` is their number.
+        """
         return [
             {
                 "name": name,
@@ -60,14 +77,28 @@ class Runs:
         ]
 
     def work(
-        self, runs: Mapping[str, Any], perform: Callable[[Any], Any], done: Callable[[], object] = lambda: None
+        self,
+        runs: Mapping[str, Any],
+        perform: Callable[[Any], Any],
+        done: Callable[[], object] = lambda: None,
+        together: Together | None = None,
     ) -> None:
         """Do the runs that nobody does, until all of them are done; ``done`` is called after each of one's own."""
         names = list(runs)
         start = random.Random().randrange(len(names)) if names else 0
         names = names[start:] + names[:start]  # workers that begin at different places do not go for the same runs
+
+        def key(name: str) -> tuple[Hashable, str]:
+            alike = None if together is None else together.alike(runs[name])
+            return (alike, "") if alike is not None else (None, name)
+
+        def outcomes(group: Sequence[str]) -> Sequence[Any]:
+            if together is not None and len(group) > 1:
+                return together.perform([runs[name] for name in group])
+            return [perform(runs[name]) for name in group]
+
         with refusals(self._url):
-            while not self._look_and_work(names, runs, perform, done):
+            while not self._look_and_work(names, runs, key, outcomes, done):
                 pass
 
     def close(self) -> None:
@@ -75,7 +106,12 @@ class Runs:
         self._storage.engine.dispose()
 
     def _look_and_work(
-        self, names: list[str], runs: Mapping[str, Any], perform: Callable[[Any], Any], done: Callable[[], object]
+        self,
+        names: list[str],
+        runs: Mapping[str, Any],
+        key: Callable[[str], Hashable],
+        outcomes: Callable[[Sequence[str]], Sequence[Any]],
+        done: Callable[[], object],
     ) -> bool:
         """Do what one look at the database shows to be free; whether all was done already."""
         with experimental():
@@ -89,13 +125,17 @@ class Runs:
             live = self._live()
         elif all(live[name].state == TrialState.COMPLETE for name in names):
             return True
-        free = [name for name in mine or names if live[name].state == TrialState.WAITING]
-        for name in free:
-            trial = live[name]._trial_id  # Optuna has no public way to claim a certain trial, or to keep it alive
-            if not self._claim(trial):
+        free = [name for name in mine or names if live[name].state == TrialState.WAITING][:HANDFUL]
+        for _, group in groupby(free, key):
+            members, claimed = list(group), {}
+            for name in members:
+                trial = live[name]._trial_id  # Optuna has no public way to claim a certain trial, or to keep it alive
+                if not self._claim(trial):
+                    break
+                claimed[name] = trial
+            self._perform(claimed, outcomes, done)
+            if len(claimed) < len(members):
                 return False  # another worker was here: what this one saw is out of date
-            if self._perform(trial, runs[name], perform):
-                done()
         if not (mine or free):
             time.sleep(POLL)
         return False
@@ -120,31 +160,39 @@ class Runs:
         except UpdateFinishedTrialError:
             return False
 
-    def _perform(self, trial: int, run: Any, perform: Callable[[Any], Any]) -> bool:
-        """Whether the outcome is this worker's."""
+    def _perform(
+        self,
+        claimed: Mapping[str, int],
+        outcomes: Callable[[Sequence[str]], Sequence[Any]],
+        done: Callable[[], object],
+    ) -> None:
+        """Do runs that are this worker's, trials by names; ``done`` is called for each that is so to the end."""
+        worker = f"{socket.gethostname()}:{os.getpid()}"
         try:
-            with self._heartbeat(trial):
-                outcome = perform(run)
-            result = {"outcome": outcome, "worker": f"{socket.gethostname()}:{os.getpid()}"}
-            self._storage.set_trial_user_attr(trial, "result", json.dumps(result))
-            self._storage.set_trial_state_values(trial, TrialState.COMPLETE, [0.0])
-        except UpdateFinishedTrialError:
-            return False  # this process slept for so long that the run was given to another worker
+            with self._heartbeat(claimed.values()):
+                found = outcomes(list(claimed))
+            for trial, outcome in zip(claimed.values(), found, strict=True):
+                result = {"outcome": outcome, "worker": worker, "together": len(claimed)}
+                with suppress(UpdateFinishedTrialError):  # this process slept so long that another was given the run
+                    self._storage.set_trial_user_attr(trial, "result", json.dumps(result))
+                    self._storage.set_trial_state_values(trial, TrialState.COMPLETE, [0.0])
+                    done()
         except BaseException:
-            with suppress(UpdateFinishedTrialError, *FAULTS):
-                self._storage.set_trial_state_values(trial, TrialState.FAIL)
+            for trial in claimed.values():
+                with suppress(UpdateFinishedTrialError, *FAULTS):
+                    self._storage.set_trial_state_values(trial, TrialState.FAIL)
             raise
-        return True
 
     @contextmanager
-    def _heartbeat(self, trial: int) -> Iterator[None]:
+    def _heartbeat(self, trials: Iterable[int]) -> Iterator[None]:
         """Like Optuna's own, which ends for good, with a traceback, where a single beat cannot be written."""
         stop = threading.Event()
 
         def beat() -> None:
             while not stop.wait(database.HEARTBEAT):
-                with suppress(*FAULTS):
-                    self._storage.record_heartbeat(trial)
+                for trial in trials:
+                    with suppress(*FAULTS):
+                        self._storage.record_heartbeat(trial)
 
         thread = threading.Thread(target=beat, daemon=True)
         thread.start()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .runs import Together
+
 REPRODUCES = "reproduces at this scale"
 CONTRADICTED = "does not reproduce at this scale"
 UNDECIDED = "not decided at this scale"
@@ -112,6 +114,7 @@ class Study:
             everything, and whose fields are what JSON can hold.
         perform: a run's outcome, which JSON can hold. It runs in a process of its own with one thread, and so it and
             plan are functions of a module.
+        together: how several runs are performed at once, where that is faster; of a module's functions as well.
         report: settings and all outcomes made into findings.
         check: raises InputError where the settings cannot run, because data is missing for example.
     """
@@ -124,3 +127,4 @@ class Study:
     perform: Callable[[Any], Outcome]
     report: Callable[[Any, Mapping[str, Outcome]], Findings]
     check: Callable[[Any], object] = lambda settings: None
+    together: Together | None = None

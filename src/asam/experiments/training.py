@@ -63,8 +63,7 @@ class Training:
             torch.manual_seed(run.seed + 2**20 * self.place.rank)
         self.optimizer = _optimizer(run, self.network)
         self.steps = run.epochs * self.task.steps
-        factor = partial(_factor, run, self.steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, partial(factor, run, self.steps))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=run.precision == "float16")
         try:
             self.minimizer = _minimizer(run, self._called, self.optimizer, self.steps)
@@ -182,7 +181,7 @@ def _optimizer(run: Run, network: nn.Module) -> torch.optim.Optimizer:
     return kind(params, run.lr, (0.9, run.beta2), weight_decay=run.weight_decay)
 
 
-def _factor(run: Run, steps: int, step: int) -> float:
+def factor(run: Run, steps: int, step: int) -> float:
     """What the learning rate is multiplied by at a step."""
     if step < run.warmup:
         return (step + 1) / run.warmup

@@ -15,7 +15,7 @@ from ..data import load
 from ..models import build
 from ..run import Run
 from ..study import Figure, Findings, Outcome, Study, Table
-from .tuned import SPLITS, Method, Tuning, lower, pair, trained
+from .tuned import SPLITS, TOGETHER, Method, Tuning, lower, pair, trained
 
 EARLY = "SGD, early stopping"
 TWICE = "SGD, twice the epochs"
@@ -168,6 +168,7 @@ STUDY = Study(
     },
     plan=_plan,
     perform=trained,
+    together=TOGETHER,
     report=_report,
     check=_check,
 )

@@ -16,7 +16,7 @@ from ..data import load
 from ..run import Run
 from ..statistics import paired_difference
 from ..study import Figure, Findings, Outcome, Study, Table, finding
-from .tuned import SPLITS, Method, Tuning, lower, pair, trained
+from .tuned import SPLITS, TOGETHER, Method, Tuning, lower, pair, trained
 
 COLLAPSED = 80.0  # % error; guessing among ten classes errs on 90
 
@@ -136,6 +136,7 @@ STUDY = Study(
     },
     plan=_plan,
     perform=trained,
+    together=TOGETHER,
     report=_report,
     check=lambda settings: load("digits", None, settings.noise, 0),
 )

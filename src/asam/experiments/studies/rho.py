@@ -15,7 +15,7 @@ from .. import plots
 from ..data import load
 from ..run import Run
 from ..study import Figure, Findings, Outcome, Study, Table, finding
-from .tuned import pair, trained
+from .tuned import TOGETHER, pair, trained
 
 RESAMPLES = 2000
 BASE = "ASAM, elementwise, unscaled"
@@ -167,6 +167,7 @@ STUDY = Study(
     },
     plan=_plan,
     perform=trained,
+    together=TOGETHER,
     report=_report,
     check=lambda settings: load("digits", None, settings.noise, 0),
 )

@@ -11,8 +11,10 @@ from statistics import fmean
 from typing import Any
 
 from ..run import Run
+from ..runs import Together
 from ..statistics import mean_sd, paired_difference
 from ..study import Finding, Outcome, finding
+from ..together import alike, train_together
 from ..training import train
 
 FIRST_TUNING_SEED = 1000
@@ -142,6 +144,9 @@ def lower(claim: str, a: Sequence[float], b: Sequence[float]) -> Finding:
 def trained(run: Run) -> Outcome:
     """The outcome of a run."""
     return train(run)[0]
+
+
+TOGETHER = Together(alike, train_together)
 
 
 def pair(values: Sequence[float], digits: int = 1) -> str:
