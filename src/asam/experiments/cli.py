@@ -241,10 +241,15 @@ def train(
         values["rho"] = 0.05 if values.get("method") == "sam" else 0.5
     run = as_run(values, str(config) if config else "the options")
     first = os.environ.get("RANK", "0") == "0"
-    if first and not as_json:
-        print(json.dumps(asdict(run)))
+
+    def begun() -> None:
+        if first and not as_json:
+            print(json.dumps(asdict(run)))
+
     with counted(f"{run.method} on {run.dataset}", "steps", shown=first) as progress:
-        outcome = sessions.execute(run, out, checkpoint_every=checkpoint_every, log=log, force=force, progress=progress)
+        outcome = sessions.execute(
+            run, out, checkpoint_every=checkpoint_every, log=log, force=force, begun=begun, progress=progress
+        )
     if outcome is None:
         return
     if as_json:

@@ -40,9 +40,12 @@ def execute(
     checkpoint_every: int,
     log: str = "none",
     force: bool = False,
+    begun: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, Any] | None:
     """Train to the end and return the outcome; of several processes, in the first one.
+
+    ``begun`` is called before the first step, where nothing was refused.
 
     Raises:
         InputError: the folder holds something else, a checkpoint of another run, or what cannot be read.
@@ -84,6 +87,7 @@ def execute(
                     if first:
                         save(checkpoint, run, state)
 
+        begun()
         progress(training.step, training.steps)
         training.advance(epoch_done, step_done)
         outcome, weights = training.outcome(), training.weights()

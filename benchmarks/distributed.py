@@ -1,10 +1,11 @@
-"""What ASAM adds under DistributedDataParallel: two gloo processes on the CPU, one thread each.
+"""What ASAM adds under DistributedDataParallel and FSDP2: two gloo processes on the CPU, one thread each.
 
-    python benchmarks/ddp.py [--seconds S]
+    python benchmarks/distributed.py [--seconds S]
 
 All variants once in each round, in an order shuffled by the round's number; wall clock between barriers, medians, and
 ratios within a round with bootstrap 95 % intervals. The yardstick is two bare passes, the first in ``no_sync()``, since
-the ascent reduces nothing; for ``sync_ascent=True`` both are reduced. "Again" is the yardstick once more.
+the ascent reduces nothing; for ``sync_ascent=True``, and under FSDP2, whose gradients are shards of the whole, both are
+reduced. "Again" is the yardstick once more.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import math
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from measure import hardware, median, ratio
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from workloads import CLASSES, mlp
 
@@ -31,30 +34,57 @@ BARE, REDUCED = "two bare passes, the second reduced", "two bare passes, both re
 BATCH, AT_LEAST = 128, 3
 
 
-def measured(widths: tuple[int, ...], seconds: float) -> dict[str, list[float]]:
-    """Seconds of a step of each variant, round by round, on this process."""
+def network(widths: tuple[int, ...]) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    """An MLP and the loss of a model on one fixed batch, the same on each process but for the draws."""
     torch.manual_seed(0)
-    model = DistributedDataParallel(mlp(*widths))
+    model = mlp(*widths)
     inputs = torch.randn(BATCH, widths[0])
     targets = torch.arange(BATCH) % CLASSES
+    return model, lambda model: nn.functional.cross_entropy(model(inputs), targets)
 
-    def closure() -> torch.Tensor:
-        return nn.functional.cross_entropy(model(inputs), targets)
+
+def replicated(widths: tuple[int, ...]) -> tuple[nn.Module, dict[str, Callable[[], object]]]:
+    bare, loss = network(widths)
+    model = DistributedDataParallel(bare)
 
     def passes(first_reduced: bool) -> None:
         with nullcontext() if first_reduced else model.no_sync():
-            closure().backward()
+            loss(model).backward()
         model.zero_grad()
-        closure().backward()
+        loss(model).backward()
 
     local, shared = ASAM(model), ASAM(model, sync_ascent=True)
-    variants = {
+    return model, {
         BARE: lambda: passes(False),
         f"{BARE}, again": lambda: passes(False),
-        "ASAM": lambda: local.backward(closure),
+        "ASAM": lambda: local.backward(lambda: loss(model)),
         REDUCED: lambda: passes(True),
-        "ASAM, sync_ascent": lambda: shared.backward(closure),
+        "ASAM, sync_ascent": lambda: shared.backward(lambda: loss(model)),
     }
+
+
+def sharded(widths: tuple[int, ...]) -> tuple[nn.Module, dict[str, Callable[[], object]]]:
+    model, loss = network(widths)
+    for layer in model.children():
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer)
+    fully_shard(model)
+
+    def passes() -> None:
+        loss(model).backward()
+        model.zero_grad()
+        loss(model).backward()
+
+    asam = ASAM(model)
+    return model, {
+        REDUCED: passes,
+        f"{REDUCED}, again": passes,
+        "ASAM, FSDP2": lambda: asam.backward(lambda: loss(model)),
+    }
+
+
+def measured(model: nn.Module, variants: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
+    """Seconds of a step of each variant, round by round, on this process."""
     samples: dict[str, list[float]] = {name: [] for name in variants}
     going, number, end = torch.ones(()), -1, 0.0
     while going:
@@ -77,19 +107,23 @@ def process(rank: int, meeting_point: str, seconds: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=2)
     for title, widths in SIZES.items():
-        samples = measured(widths, seconds)
-        if rank == 0:
-            table = Table("variant", "milliseconds", "x its yardstick", title=f"MLP of {title}", title_justify="left")
-            for name, times in samples.items():
-                yardstick = samples[REDUCED if "sync" in name or name == REDUCED else BARE]
-                table.add_row(name, f"{1e3 * median(times):.3g}", str(ratio(times, yardstick)))
-            Console(width=100).print(table, f"{len(times)} rounds")
+        for name, parallel in (("DistributedDataParallel", replicated), ("FSDP2", sharded)):
+            samples = measured(*parallel(widths), seconds)
+            if rank == 0:
+                table = Table(
+                    "variant", "milliseconds", "x its yardstick", title=f"{name}, {title}", title_justify="left"
+                )
+                for variant, times in samples.items():
+                    local = variant == "ASAM" or variant.startswith(BARE)
+                    yardstick = samples[BARE if local else REDUCED]
+                    table.add_row(variant, f"{1e3 * median(times):.3g}", str(ratio(times, yardstick)))
+                Console(width=100).print(table, f"{len(times)} rounds")
     dist.destroy_process_group()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--seconds", type=float, default=20.0, help="for each network")
+    parser.add_argument("--seconds", type=float, default=20.0, help="for each network and each way")
     seconds = parser.parse_args().seconds
     if not 0 < seconds < math.inf:
         parser.error(f"--seconds must be a finite number > 0, got {seconds}")
