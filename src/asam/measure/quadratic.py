@@ -38,17 +38,16 @@ class Path:
 
     def __init__(self, origin: Point, length: int) -> None:
         self._origin = origin
-        # S and Y, whose rows are 0 until they are taken, and the gradient at the origin: one matrix, so that one
-        # product of it with S holds all that a quadratic needs
-        self._rows = origin.u.new_zeros(2 * length + 1, len(origin.u))
-        self._rows[-1] = origin.gradient
-        self._offsets, self._changes = self._rows[:length], self._rows[length:-1]
+        # the gradient at the origin, then the rows of S and Y in turns: what is known is one matrix, and one product of
+        # that with S holds all that a quadratic needs
+        self._rows = origin.u.new_empty(1 + 2 * length, len(origin.u))
+        self._rows[0] = origin.gradient
+        self._offsets, self._changes = self._rows[1::2], self._rows[2::2]
         self._newest: Point | None = None
         self._smooth: list[bool] = []
 
     def restart(self, point: Point) -> None:
         """Forget all points but this one."""
-        self._rows[:-1] = 0
         self._newest, self._smooth = None, []
         self.append(point)
 
@@ -71,7 +70,8 @@ class Path:
         """The maximum in ``||u||_2 <= rho`` and the span, if the function has been quadratic all along the path."""
         if not self._newest or not all(self._smooth[-len(self._offsets) :]):
             return None
-        products, changes, slopes = self._products(self._newest)
+        known = min(len(self._smooth), len(self._offsets))
+        products, changes, slopes = self._products(self._newest, known)
         # an orthonormal basis of the span, without directions so short that rounding would tilt them
         lengths = products.diagonal().sqrt()
         units = lengths.reciprocal().masked_fill_(lengths == 0, 0)
@@ -88,26 +88,24 @@ class Path:
         curvatures: list[float] = eigenvalues.tolist()
         coordinates = _trust_region(curvatures, (slopes @ basis).tolist(), rho)
         weights = (basis @ basis.new_tensor(coordinates)).to(self._rows)
-        gradient_there = torch.addmv(self._origin.gradient, self._changes.T, weights)
+        gradient_there = torch.addmv(self._origin.gradient, self._changes[:known].T, weights)
         reach, steepest = math.inf, max(map(abs, curvatures))
         if steepest > 0 and math.hypot(*coordinates) < rho * (1 - 1e-6):
             reach = float(gradient_there.norm()) / steepest
-        return Maximum(self._offsets.T @ weights, gradient_there, reach)
+        return Maximum(self._offsets[:known].T @ weights, gradient_there, reach)
 
-    def _products(self, newest: Point) -> tuple[Tensor, Tensor, Tensor]:
+    def _products(self, newest: Point, known: int) -> tuple[Tensor, Tensor, Tensor]:
         """S S', Y S' and S g, with the newest point written into the first rows of S and Y.
 
         A block at a time, so that what is written is multiplied while it is in the cache.
         """
-        length = len(self._offsets)
-        products = torch.zeros(len(self._rows), length, dtype=torch.float64, device=self._rows.device)
+        products = torch.zeros(1 + 2 * known, known, dtype=torch.float64, device=self._rows.device)
         for start in range(0, self._rows.shape[1], BLOCK):
-            block = slice(start, start + BLOCK)
-            rows = self._rows[:, block]
-            rows[0] = newest.u[block]
-            torch.sub(newest.gradient[block], self._origin.gradient[block], out=rows[length])
-            products += rows @ rows[:length].T
-        return products[:length], products[length:-1], products[-1]
+            rows = self._rows[: 1 + 2 * known, start : start + BLOCK]
+            rows[1] = newest.u[start : start + BLOCK]
+            torch.sub(newest.gradient[start : start + BLOCK], rows[0], out=rows[2])
+            products += rows @ rows[1::2].T
+        return products[1::2], products[2::2], products[0]
 
 
 def _trust_region(values: list[float], g: list[float], rho: float) -> list[float]:
