@@ -12,7 +12,7 @@ from asam.experiments import InputError, tasks
 from asam.experiments.data import load
 from asam.experiments.models import build
 from asam.experiments.run import Run
-from asam.experiments.training import Training, _factor
+from asam.experiments.training import Training, factor
 
 
 @pytest.mark.parametrize("method", ["sgd", "asam"])
@@ -67,7 +67,7 @@ def test_the_training_is_a_plain_loop(method):
 )
 def test_schedules(schedule, warmup, expected):
     run = Run("sgd", schedule=schedule, warmup=warmup)
-    assert [_factor(run, 8, step) for step in range(8)] == pytest.approx(expected, abs=1e-15)
+    assert [factor(run, 8, step) for step in range(8)] == pytest.approx(expected, abs=1e-15)
 
 
 def test_the_learning_rate_follows_the_schedule():
@@ -75,7 +75,7 @@ def test_the_learning_rate_follows_the_schedule():
     training, seen = Training(run), []
     training.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
     training.advance()
-    assert seen == [0.2 * _factor(run, 8, step) for step in range(8)]
+    assert seen == [0.2 * factor(run, 8, step) for step in range(8)]
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
