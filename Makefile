@@ -8,7 +8,7 @@ READY := .venv/ready
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
 
-# those of the paper; cost, the one beyond it, takes as long as half of these: make reproduce STUDIES=cost
+# those of the paper; the one beyond it: make reproduce STUDIES=cost
 STUDIES := geometry toy invariance rescaling correlation rho noise images imagenet translation bound bias
 
 .PHONY: demo test test-slow check coverage package bench reproduce docs clean
@@ -43,7 +43,7 @@ package: $(READY)  ## what is published, in dist/
 bench: $(READY)  ## cost per step and memory, beside plain SGD and another implementation
 	$(BIN)/python benchmarks/bench.py --out docs/performance
 
-reproduce: $(READY)  ## every study at laptop scale into docs/results; takes more than an hour on two cores
+reproduce: $(READY)  ## every figure and table of the paper at laptop scale into docs/results; takes more than an hour on two cores
 	for study in $(STUDIES); do \
 	  [ -e docs/results/$$study/runs.sqlite3 ] && force= || force=--force; \
 	  $(BIN)/asam reproduce $$study --out docs/results/$$study $$force || exit; \

@@ -110,12 +110,12 @@ def process(rank: int, meeting_point: str, seconds: float) -> None:
         for name, parallel in (("DistributedDataParallel", replicated), ("FSDP2", sharded)):
             samples = measured(*parallel(widths), seconds)
             if rank == 0:
+                yardstick: list[float] = []
                 table = Table(
                     "variant", "milliseconds", "x its yardstick", title=f"{name}, {title}", title_justify="left"
                 )
-                for variant, times in samples.items():
-                    local = variant == "ASAM" or variant.startswith(BARE)
-                    yardstick = samples[BARE if local else REDUCED]
+                for variant, times in samples.items():  # each after its yardstick
+                    yardstick = times if variant in (BARE, REDUCED) else yardstick
                     table.add_row(variant, f"{1e3 * median(times):.3g}", str(ratio(times, yardstick)))
                 Console(width=100).print(table, f"{len(times)} rounds")
     dist.destroy_process_group()

@@ -42,6 +42,6 @@ def norms(param: Tensor, *, keep_first: bool) -> Tensor:
         return param.sum(dim=dims, keepdim=True)
     values = wide(param)
     largest = nonzero(values.abs().amax(dim=dims, keepdim=True))
-    shares = values / largest
+    shares = values / largest  # not square_(): torch.func.vmap has no rule for it
     result: Tensor = shares.mul_(shares).sum(dim=dims, keepdim=True).sqrt_() * largest
     return result.to(param.dtype)

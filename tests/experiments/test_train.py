@@ -78,6 +78,7 @@ def test_what_is_written(train, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == FINISHED
     run = asdict(Run(rho=0.5, epochs=3, batch_size=128, evaluate_every=2))
     assert json.loads((out / "config.json").read_text()) == {"asam": __version__, "run": run}
+    assert json.loads(done.out.splitlines()[0]) == run
     found = json.loads((out / "run.json").read_text())
     assert (found["run"], found["processes"]) == (run, 1)
     assert found["environment"]["torch"] == torch.__version__
@@ -320,7 +321,9 @@ def test_bad_input_is_one_line_and_exit_code_2(asam, monkeypatch, tmp_path, argu
     (tmp_path / "unknown.toml").write_text("speed = 1")
     for service in ("mlflow", "wandb"):
         monkeypatch.setitem(sys.modules, service, None)  # not installed
-    refused(asam("train", *arguments), *words)
+    done = asam("train", *arguments)
+    refused(done, *words)
+    assert done.out == ""
     assert not (tmp_path / "asam-train").exists()
 
 

@@ -5,7 +5,7 @@ more take about as many operations as one. Each goes the way it would go alone, 
 """
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -96,11 +96,13 @@ def maximizers(geometry: Geometry, weights: dict[str, Tensor], grads: Sequence[T
         ]
 
 
-def _at(weights: dict[str, Tensor], perturbations: Sequence[Tensor], gradient: Any) -> tuple[Tensor, ...]:
+def _at(
+    weights: dict[str, Tensor], perturbations: Sequence[Tensor], gradient: Callable[[], tuple[Tensor, ...]]
+) -> tuple[Tensor, ...]:
     """The gradient at the weights plus the perturbations."""
     moved = [weight.data for weight in weights.values()]
     kept = [weight.clone() for weight in moved]
     torch._foreach_add_(moved, list(perturbations))
-    found: tuple[Tensor, ...] = gradient()
+    found = gradient()
     torch._foreach_copy_(moved, kept)
     return found

@@ -70,7 +70,7 @@ class Evaluation:
 
     def parts(self, vector: Tensor) -> list[Tensor]:
         """A vector of all parameters as a tensor for each, of its shape, on its device: views where it is there."""
-        return [part.to(weight.device) for part, weight in zip(self._views(vector), self.weights, strict=True)]
+        return [part.to(weight.device) for part, weight in zip(views(vector, self._params), self.weights, strict=True)]
 
     def put(self, state: Mapping[str, Tensor]) -> None:
         """Give parameters and buffers these values, by their names in the state dict."""
@@ -102,7 +102,8 @@ class Evaluation:
         """The mean loss over the pieces and its gradient, one vector of all parameters."""
         examples = sum(piece.size for piece in pieces)
         losses: list[Tensor] = []
-        gradient = self._zeros(1)[0]
+        like = all_of(self._params)
+        gradient = like.new_zeros(like.shape)
         totals = self.parts(gradient)
         with torch.enable_grad():
             for piece in pieces:
@@ -123,7 +124,7 @@ class Evaluation:
     def hessian_product(self, pieces: Sequence[Piece], vectors: Tensor) -> Tensor:
         """H v for every row v of ``vectors`` (k, n): a graph of the gradient per piece, used k times."""
         examples = sum(piece.size for piece in pieces)
-        products = self._zeros(len(vectors))
+        products = all_of(self._params).new_zeros(vectors.shape)
         rows = [[part.to(param) for part, param in zip(self.parts(v), self._params, strict=True)] for v in vectors]
         totals = list(map(self.parts, products))
         # fused attention has no double backward
@@ -164,22 +165,9 @@ class Evaluation:
             raise ValueError("the loss has no gradient: loss_fn must not detach it or run under torch.no_grad()")
         return loss if loss.ndim == 0 else loss.reshape(()), others
 
-    def _zeros(self, rows: int) -> Tensor:
-        """So many vectors of all parameters, in the highest precision among them, at least float32."""
-        dtype = torch.float32
-        for param in self._params:
-            dtype = torch.promote_types(dtype, param.dtype)
-        return torch.zeros(
-            rows, sum(param.numel() for param in self._params), dtype=dtype, device=self._params[0].device
-        )
-
-    def _views(self, vector: Tensor) -> list[Tensor]:
-        parts = torch.split(vector, [param.numel() for param in self._params])
-        return [part.view_as(param) for part, param in zip(parts, self._params, strict=True)]
-
     def _gather(self, parts: Sequence[Tensor], vector: Tensor) -> None:
         """Write those parts of a vector into it that are not views of it, but on other devices."""
-        for part, view in zip(parts, self._views(vector), strict=True):
+        for part, view in zip(parts, views(vector, self._params), strict=True):
             if part.device != view.device:
                 view.copy_(part)
 
@@ -190,6 +178,23 @@ class Evaluation:
 
     def _restore_buffers(self) -> None:
         self._between.restore(versions=False)
+
+
+def all_of(params: Sequence[Tensor]) -> Tensor:
+    """A vector of all parameters without memory of its own, for its shape, dtype and device.
+
+    The dtype is the highest precision among the parameters, at least float32.
+    """
+    dtype = torch.float32
+    for param in params:
+        dtype = torch.promote_types(dtype, param.dtype)
+    return torch.zeros((), dtype=dtype, device=params[0].device).expand(sum(param.numel() for param in params))
+
+
+def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """A vector of all parameters as a tensor for each, of its shape, without a copy."""
+    parts = torch.split(vector, [param.numel() for param in params])
+    return [part.view_as(param) for part, param in zip(parts, params, strict=True)]
 
 
 def _described(value: object) -> str:

@@ -11,7 +11,7 @@ from ..checks import check_choice
 from ..geometry import Geometry
 from ..parameters import selected_parameters
 from .batches import pieces_of
-from .evaluation import Evaluation
+from .evaluation import Evaluation, all_of, views
 
 BATCHNORM = ("eval", "train")
 
@@ -138,17 +138,12 @@ class Objective:
 
     def named(self, vector: Tensor) -> dict[str, Tensor]:
         """A tensor per parameter, of its shape, from one vector of all (views of it)."""
-        parts = torch.split(vector, [param.numel() for param in self.params.values()])
-        return {name: part.view_as(param) for part, (name, param) in zip(parts, self.params.items(), strict=True)}
+        return dict(zip(self.params, views(vector, list(self.params.values())), strict=True))
 
     @property
     def like(self) -> Tensor:
         """A vector of all parameters without memory of its own, for its shape, dtype and device."""
-        params = list(self.params.values())
-        dtype = torch.float32
-        for param in params:
-            dtype = torch.promote_types(dtype, param.dtype)
-        return torch.zeros((), dtype=dtype, device=params[0].device).expand(sum(param.numel() for param in params))
+        return all_of(list(self.params.values()))
 
     def _check(self) -> None:
         with self.evaluation() as evaluation:

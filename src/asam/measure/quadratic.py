@@ -130,9 +130,7 @@ def _trust_region(values: list[float], g: list[float], rho: float) -> list[float
         slope = sum(part**2 / (mu - value) for part, value in zip(u, values, strict=True) if part)
         mu += norm**2 / slope * (norm - rho) / rho
     rest = math.hypot(*u[:-1])
-    if (
-        top > 0 and rest < rho
-    ):  # mu - top was rounded, or there is no gradient along the top eigenvector to fill the ball
+    if top > 0 and rest < rho:  # mu - top was rounded, or no gradient along the top eigenvector fills the ball
         u[-1] = math.copysign(math.sqrt(rho**2 - rest**2), g[-1])
     elif norm > rho:
         u = [part * rho / norm for part in u]
