@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..projection import nearest_in_ball
-from .quadratic import Path, Point
+from .quadratic import Path, Point, largest_magnitude
 
 MOMENTUM = 0.75
 SUCCESS = 0.75
@@ -36,16 +36,15 @@ class Ascent:
     history: tuple[float, ...]
 
 
-def steepest(gradient: Tensor, p: float) -> Tensor:
+def steepest(gradient: Tensor, p: float, largest: float) -> Tensor:
     """The vector of p-norm 1 along which a linear function rises most; 0 for a zero gradient.
 
-    Scaled by the largest magnitude first: squares of small numbers underflow.
+    Scaled by the ``largest`` magnitude first: squares of small numbers underflow.
     """
-    largest = largest_magnitude(gradient)
-    if not largest > 0:
-        return torch.zeros_like(gradient)
     if p == math.inf:
         return gradient.sign()
+    if not largest > 0:
+        return torch.zeros_like(gradient)
     g = gradient / largest
     if p == 2:
         return g.div_(torch.linalg.vector_norm(g))
@@ -106,25 +105,27 @@ def ascend(
         guess = path.maximum(rho) if path else None
         if mirrored:
             u = -best.u
-        elif step == 1 and (random_start or not largest_magnitude(origin.gradient) > 0):
+        elif step == 1 and (random_start or not origin.largest > 0):
             u = random()
         elif step == 1:
             # a little noise: the gradient may miss the direction of the largest curvature altogether
-            u = project_(steepest(origin.gradient, metric).mul_(length).add_(random(), alpha=NOISE), p, rho)
-        elif guess is not None and largest_magnitude(guess.gradient) > 0:
+            u = project_(
+                steepest(origin.gradient, metric, origin.largest).mul_(length).add_(random(), alpha=NOISE), p, rho
+            )
+        elif guess is not None and (largest := largest_magnitude(guess.gradient)) > 0:
             u = guess.u
             if step < steps:
-                u.add_(steepest(guess.gradient, p), alpha=min(length, guess.reach))
+                u.add_(steepest(guess.gradient, p, largest), alpha=min(length, guess.reach))
             u = project_(u, p, rho)
         else:
-            target = project_(steepest(here.gradient, metric).mul_(length).add_(here.u), p, rho)
+            target = project_(steepest(here.gradient, metric, here.largest).mul_(length).add_(here.u), p, rho)
             momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
             u = project_(momentum, p, rho)
         point = evaluate(u, step < steps)
         if point.value == math.inf:  # no worse point is to be found
             return Ascent(u, math.inf, (*history, *[math.inf] * (steps - step + 1)))
         numbers += not math.isnan(point.value)
-        if math.isnan(point.value) or (step < steps and not math.isfinite(largest_magnitude(point.gradient))):
+        if math.isnan(point.value) or (step < steps and not math.isfinite(point.largest)):
             point = best
         improved += point.value > here.value
         if path and step < steps:
@@ -146,12 +147,6 @@ def ascend(
     if not numbers:
         return Ascent(origin.u, math.nan, (0.0, *[math.nan] * steps))
     return Ascent(best.u, history[-1], tuple(history))
-
-
-def largest_magnitude(vector: Tensor) -> float:
-    """The largest magnitude; nan if there is a nan."""
-    low, high = torch.stack(torch.aminmax(vector)).tolist()
-    return max(-low, high) if low == low else math.nan
 
 
 def _is_even(best: Point, origin: Point) -> bool:

@@ -167,9 +167,10 @@ class Evaluation:
 
     def _gather(self, parts: Sequence[Tensor], vector: Tensor) -> None:
         """Write those parts of a vector into it that are not views of it, but on other devices."""
-        for part, view in zip(parts, views(vector, self._params), strict=True):
-            if part.device != view.device:
-                view.copy_(part)
+        if any(part.device != vector.device for part in parts):
+            for part, view in zip(parts, views(vector, self._params), strict=True):
+                if part.device != view.device:
+                    view.copy_(part)
 
     def _restore(self) -> None:
         self.move(None)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ class Point:
     u: Tensor
     value: float
     gradient: Tensor
+
+    @cached_property
+    def largest(self) -> float:
+        """The largest magnitude in the gradient; nan if there is a nan."""
+        return largest_magnitude(self.gradient)
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,14 @@ class Path:
             before = self._newest
             row = 1 + (len(self._smooth) - 1) % (len(self._offsets) - 1)
             step = torch.sub(point.u, before.u, out=self._offsets[row])
-            torch.sub(point.gradient, before.gradient, out=self._changes[row])
         # the trapezoid rule is exact for a quadratic; 2 % and rounding are allowed
         trapezoid = 0.5 * float(step @ before.gradient + step @ point.gradient)
         change = point.value - before.value
         rounding = 4 * torch.finfo(point.u.dtype).eps * abs(point.value)
-        self._smooth.append(abs(change - trapezoid) <= 0.02 * abs(change) + rounding)
+        smooth = abs(change - trapezoid) <= 0.02 * abs(change) + rounding
+        if smooth and self._newest:
+            torch.sub(point.gradient, before.gradient, out=self._changes[row])
+        self._smooth.append(smooth)
         self._newest = point
 
     def maximum(self, rho: float) -> Maximum | None:
@@ -106,6 +114,12 @@ class Path:
             torch.sub(newest.gradient[start : start + BLOCK], rows[0], out=rows[2])
             products += rows @ rows[1::2].T
         return products[1::2], products[2::2], products[0]
+
+
+def largest_magnitude(vector: Tensor) -> float:
+    """The largest magnitude; nan if there is a nan."""
+    low, high = torch.stack(torch.aminmax(vector)).tolist()
+    return max(-low, high) if low == low else math.nan
 
 
 def _trust_region(values: list[float], g: list[float], rho: float) -> list[float]:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from ..checks import check_choice, check_count, check_rho
 from ..geometry import Geometry
-from .ascent import Ascent, ascend, largest_magnitude, steepest
+from .ascent import Ascent, ascend, steepest
 from .batches import Piece, grouped
 from .draws import generator_of
 from .evaluation import Evaluation
 from .means import check_finite, mean, stderr
 from .objective import Objective
-from .quadratic import Point
+from .quadratic import Point, largest_magnitude
 
 METHODS = ("auto_pgd", "one_step")
 
@@ -227,7 +227,7 @@ class _Climb:
 
     def one_step(self, rho: float) -> Ascent:
         """The rise at the maximizer of the linearized loss, or none where the loss falls there."""
-        point = self.evaluate(rho * steepest(self.origin.gradient, self.ball.p), False)
+        point = self.evaluate(rho * steepest(self.origin.gradient, self.ball.p, self.origin.largest), False)
         if point.value <= self.base:
             point = self.origin
         return Ascent(point.u, point.value - self.base, (0.0, point.value - self.base))
