@@ -1,4 +1,4 @@
-"""compile=True: the same perturbation by code that torch's compiler makes."""
+"""compile=True: the same perturbation by code that torch's compiler makes, where there is no other (test_native.py)."""
 
 import copy
 from functools import partial
@@ -47,7 +47,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(autouse=True)
-def start():
+def start(monkeypatch):
+    monkeypatch.setattr("asam.native.library", lambda: None)
     compiled.cache_clear()
     torch.compiler.reset()
     yield

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
+from . import native
 from .kernels import HALF, compiled, measured, measured_and_copied, move_, moved, rounded, wide
+from .layout import common_order, flat, laid_out, put_back, views
+from .native import NativeBlock
 from .norms import DualNorm, together
 
 # Elements in a block: what stays in a core's cache on the CPU; what bounds the scratch memory on an accelerator.
@@ -59,14 +61,17 @@ class Piece:
                 yield self[start : start + rows]
 
 
-def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Block]":
+def packed(pieces: list[Piece], eta: float, q: float, execution: "Execution") -> "list[Block | NativeBlock]":
     """Blocks of one device and dtype each, of no more elements than the limit. ``pieces`` is emptied."""
+    blocks: list[Block | NativeBlock] = []
     groups: dict[tuple[torch.device, torch.dtype], list[Piece]] = {}
     for piece in pieces:
         groups.setdefault((piece.param.device, piece.param.dtype), []).append(piece)
     pieces.clear()
     parts: list[list[Piece]] = []
-    for (device, _), members in groups.items():
+    for (device, dtype), members in groups.items():
+        if execution.compile and native.is_for(device, dtype, q):
+            members = _without_native(members, eta, blocks)
         limit = ACCELERATOR_BLOCK if device.type != "cpu" else COMPILED_BLOCK if execution.compile else CPU_BLOCK
         alone = limit // (COMPILED_ALONE if execution.compile else ALONE)
         small, room = list[Piece](), 0
@@ -84,10 +89,25 @@ def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Blo
                 room -= size
     groups.clear()
     parts.reverse()
-    blocks = []
     while parts:
         blocks.append(Block(parts.pop(), eta, execution))
     return blocks
+
+
+def _without_native(pieces: list[Piece], eta: float, blocks: "list[Block | NativeBlock]") -> list[Piece]:
+    """Put the pieces that can go the native way into one more block, and return the others."""
+    chosen: dict[bool, list[Piece]] = {True: [], False: []}
+    others = []
+    for piece in pieces:
+        if piece.scale is None and piece.target is piece.param and native.is_plain(piece.param, piece.grad):
+            chosen[piece.elementwise].append(piece)
+        else:
+            others.append(piece)
+    both = chosen[True] + chosen[False]
+    if both:
+        params, grads = [piece.param for piece in both], [piece.grad for piece in both]
+        blocks.append(NativeBlock(params, grads, len(chosen[True]), eta, CPU_BLOCK))
+    return others
 
 
 @dataclass(frozen=True)
@@ -213,50 +233,7 @@ class Block:
         return put_back(self.targets, self._saved)
 
 
-def laid_out(tensors: list[Tensor]) -> Tensor:
-    """One tensor as it is; several end to end, in a new one."""
-    if len(tensors) == 1:
-        return tensors[0]
-    end_to_end: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
-    return end_to_end
-
-
-def views(end_to_end: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The tensors that :func:`laid_out` has laid end to end."""
-    return list(_unflatten_dense_tensors(end_to_end, like))  # type: ignore[no-untyped-call]
-
-
-def common_order(param: Tensor, grad: Tensor) -> torch.memory_format | None:
-    """The order in which both fill their memory without a gap, if there is one."""
-    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
-    for order in (torch.contiguous_format, orders.get(param.ndim)):
-        if order and param.is_contiguous(memory_format=order) and grad.is_contiguous(memory_format=order):
-            return order
-    return None
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """A tensor that fills its memory without a gap, as one dimension."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def put_back(targets: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
-    """Copy the originals into the targets, and return the targets whose shape had to be put back first."""
-    try:
-        torch._foreach_copy_(targets, originals)
-    except RuntimeError:
-        resized = []
-        for target, original in zip(targets, originals, strict=True):
-            if target.shape == original.shape:
-                target.copy_(original)
-            else:
-                target.data = original
-                resized.append(target)
-        return resized
-    return []
-
-
-def dual_norm(blocks: list[Block], q: float) -> DualNorm:
+def dual_norm(blocks: list[Block | NativeBlock], q: float) -> DualNorm:
     """``||T g||_q`` over all blocks, on the device of the first; zero if there are none."""
     if not blocks:
         return DualNorm(torch.zeros(()), torch.zeros(()))

@@ -21,6 +21,7 @@ from torch import Tensor
 from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, packed
 from .checks import check_choice, check_number, check_rho
 from .kernels import factors
+from .native import NativeBlock
 from .norms import DualNorm, norms, together
 from .projection import nearest_in_ball
 from .sharding import groups, is_sharded, local, over_shards, shard
@@ -189,7 +190,7 @@ class Geometry:
         rho: float,
         targets: Sequence[Tensor] | None = None,
         execution: Execution = AS_IT_STANDS,
-    ) -> Iterator[Block]:
+    ) -> Iterator[Block | NativeBlock]:
         """Cut the parameters into blocks and yield each, ready to give its part of the maximizer.
 
         The norm is taken over all of them before the first is yielded. ``grads`` is emptied: a gradient is let go
@@ -210,7 +211,7 @@ class Geometry:
             pieces = self._pieces(kinds, params, grads, targets, scales)
             grads.clear()
             del scales
-            blocks = packed(pieces, self.eta, execution)
+            blocks = packed(pieces, self.eta, q, execution)
             norm = dual_norm(blocks, q)
         sign, numbers = (-1 if rho < 0 else 1), factors(q, abs(rho), norm.largest, norm.norm)
         blocks.reverse()
@@ -244,7 +245,7 @@ class Geometry:
         targets: Sequence[Tensor],
         q: float,
         execution: Execution,
-    ) -> tuple[list[Block], DualNorm]:
+    ) -> tuple[list[Block | NativeBlock], DualNorm]:
         """Blocks of the local shards, and the norm over the shards of all processes."""
         spread = [groups(param) for param in params]
         layouts = list(dict.fromkeys(spread))
@@ -254,7 +255,9 @@ class Geometry:
         columns = (kinds, shards, values, goals, self._shard_scales(names, kinds, params))
         rows = list(zip(spread, *columns, strict=True))
         parts = [
-            packed(self._pieces(*zip(*(row[1:] for row in rows if row[0] == layout), strict=True)), self.eta, execution)
+            packed(
+                self._pieces(*zip(*(row[1:] for row in rows if row[0] == layout), strict=True)), self.eta, q, execution
+            )
             for layout in layouts
         ]
         sizes = [dual_norm(part, q).pair() for part in parts]

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from .blocks import AS_IT_STANDS, CPU_BLOCK, Block, Execution, put_back
+from .blocks import AS_IT_STANDS, CPU_BLOCK, Block, Execution
 from .geometry import Geometry
+from .layout import put_back
+from .native import NativeBlock
 from .sharding import Unsharded, local
 
 Result = TypeVar("Result")
@@ -45,7 +47,7 @@ def perturbed(
     Raises:
         RuntimeError: an optimizer took a step on one of them meanwhile, or one has another shape afterwards.
     """
-    saved: list[Block] = []
+    saved: list[Block | NativeBlock] = []
     cut: list[tuple[Tensor, Tensor]] = []
     resized: list[Tensor] = []
     with torch.no_grad():

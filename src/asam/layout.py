@@ -1,0 +1,48 @@
+"""How tensors lie in memory: several end to end, one without gaps, and back where they were."""
+
+import torch
+from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+
+def laid_out(tensors: list[Tensor]) -> Tensor:
+    """One tensor as it is; several end to end, in a new one."""
+    if len(tensors) == 1:
+        return tensors[0]
+    end_to_end: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
+    return end_to_end
+
+
+def views(end_to_end: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The tensors that :func:`laid_out` has laid end to end."""
+    return list(_unflatten_dense_tensors(end_to_end, like))  # type: ignore[no-untyped-call]
+
+
+def common_order(param: Tensor, grad: Tensor) -> torch.memory_format | None:
+    """The order in which both fill their memory without a gap, if there is one."""
+    orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for order in (torch.contiguous_format, orders.get(param.ndim)):
+        if order and param.is_contiguous(memory_format=order) and grad.is_contiguous(memory_format=order):
+            return order
+    return None
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """A tensor that fills its memory without a gap, as one dimension."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def put_back(targets: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
+    """Copy the originals into the targets, and return the targets whose shape had to be put back first."""
+    try:
+        torch._foreach_copy_(targets, originals)
+    except RuntimeError:
+        resized = []
+        for target, original in zip(targets, originals, strict=True):
+            if target.shape == original.shape:
+                target.copy_(original)
+            else:
+                target.data = original
+                resized.append(target)
+        return resized
+    return []

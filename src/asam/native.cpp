@@ -1,0 +1,111 @@
+// The way to w + e and back on the CPU, for p = 2 and T = |w| + eta or 1, in float32: three loops over all tensors.
+//
+// Nothing here includes torch, so that it compiles in a second: tensors are pointers, each without gaps. The first
+// `adaptive` of them have T = |w| + eta, the others T = 1.
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VECTORIZED
+#endif
+
+namespace {
+
+// Call f(i, start, size) for the i-th CHUNK of n elements, on so many threads.
+template <class F>
+void chunks(int64_t n, int threads, F f) {
+  const int64_t count = (n + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) if (count > 1 && threads > 1)
+  for (int64_t i = 0; i < count; ++i) f(i, i * CHUNK, std::min<int64_t>(CHUNK, n - i * CHUNK));
+}
+
+// Squares of float32 numbers neither underflow nor overflow in float64.
+VECTORIZED double adaptive_squares(const float* w, const float* g, int64_t n, float eta) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    const double scaled = (std::fabs(w[i]) + eta) * g[i];
+    sum += scaled * scaled;
+  }
+  return sum;
+}
+
+VECTORIZED double plain_squares(const float* g, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += double(g[i]) * g[i];
+  return sum;
+}
+
+VECTORIZED void adaptive_move(float* w, const float* g, float* saved, int64_t n, float eta, float factor, float sign) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float scale = (std::fabs(w[i]) + eta) * factor;
+    saved[i] = w[i];
+    w[i] += sign * (g[i] * scale) * scale;
+  }
+}
+
+VECTORIZED void plain_move(float* w, const float* g, float* saved, int64_t n, float factor, float sign) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    saved[i] = w[i];
+    w[i] += sign * (g[i] * factor) * factor;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// The root of the mean of (T g)^2, at least the smallest normal number, and ||T g||_2 in units of it.
+void measure(int64_t count, const int64_t* sizes, float* const* w, const float* const* g, int64_t adaptive, float eta,
+             int threads, float* result) {
+  double total = 0;
+  int64_t elements = 0;
+  std::vector<double> parts;
+  for (int64_t t = 0; t < count; ++t) {
+    parts.assign((sizes[t] + CHUNK - 1) / CHUNK, 0);
+    chunks(sizes[t], threads, [&](int64_t i, int64_t start, int64_t n) {
+      parts[i] = t < adaptive ? adaptive_squares(w[t] + start, g[t] + start, n, eta) : plain_squares(g[t] + start, n);
+    });
+    for (double part : parts) total += part;  // in this order on any number of threads
+    elements += sizes[t];
+  }
+  const double mean = std::sqrt(total / elements);
+  const double unit = mean < FLT_MIN ? FLT_MIN : mean;  // nan stays nan
+  result[0] = float(unit);
+  result[1] = float(std::sqrt(total) / unit);
+}
+
+// Save every tensor, one after the other, and move it by sign T (factor^2 g) T. `away` is set before the first moves.
+void move(int64_t count, const int64_t* sizes, float* const* w, const float* const* g, int64_t adaptive, float eta,
+          int threads, float factor, float sign, float* saved, int32_t* away) {
+  *away = 1;
+  for (int64_t t = 0; t < count; ++t) {
+    chunks(sizes[t], threads, [&](int64_t , int64_t start, int64_t n) {
+      if (t < adaptive)
+        adaptive_move(w[t] + start, g[t] + start, saved + start, n, eta, factor, sign);
+      else
+        plain_move(w[t] + start, g[t] + start, saved + start, n, factor, sign);
+    });
+    saved += sizes[t];
+  }
+}
+
+// Copy back, the last tensor first: memory that two of them share was moved twice.
+void put_back(int64_t count, const int64_t* sizes, float* const* w, int threads, const float* end) {
+  for (int64_t t = count - 1; t >= 0; --t) {
+    end -= sizes[t];
+    chunks(sizes[t], threads,
+           [&](int64_t , int64_t start, int64_t n) { std::memcpy(w[t] + start, end + start, n * sizeof(float)); });
+  }
+}
+}

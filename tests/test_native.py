@@ -1,0 +1,291 @@
+"""compile=True on the CPU: the loops in C++ do what the operations of torch do, and give back what they take."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from slow_reference import assert_same, maximizer, shapes_problem, weights
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import asam.native
+from asam import ASAM, SAM, EconomicalASAM, Geometry
+from asam.blocks import CPU_BLOCK, Execution
+from asam.native import CHUNK, NativeBlock, library
+
+LARGE = 600  # a square of it is more than a block of the CPU, and several chunks
+assert max(CPU_BLOCK, CHUNK) < LARGE**2
+
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler with OpenMP")
+
+
+@pytest.fixture(autouse=True)
+def moves(monkeypatch):
+    """How often a native block has moved: a test of it that does not go through it proves nothing."""
+    real, calls = NativeBlock.move, []
+    monkeypatch.setattr(NativeBlock, "move", lambda block: (calls.append(len(block.targets)), real(block)))
+    return calls
+
+
+def network(width=40):
+    """Weights and biases, small and of several chunks, in either order of memory."""
+    torch.manual_seed(0)
+    layers = nn.ModuleList([nn.Linear(width, width), nn.Conv2d(8, 24, 3), nn.BatchNorm2d(24), nn.Linear(3, 1)])
+    layers[1].to(memory_format=torch.channels_last)
+    return layers
+
+
+def with_gradients(model, magnitude=1.0):
+    generator = torch.Generator().manual_seed(1)
+    for param in model.parameters():
+        param.grad = torch.empty_like(param).copy_(magnitude * torch.randn(param.shape, generator=generator))
+    return model
+
+
+def there(model, asam):
+    """The weights at w + e, after a look that they come back."""
+    before, grads = weights(model), {name: param.grad for name, param in model.named_parameters()}
+    with asam.perturbed():
+        moved = weights(model)
+    assert_same(weights(model), before)
+    return before, grads, moved
+
+
+@pytest.mark.parametrize("width", [40, LARGE])
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    "setting",
+    [{}, {"eta": 0.0}, {"bias": "scaled"}, {"bias": "fixed"}, {"normalization": "none"}, {"params": ["0.weight"]}],
+    ids=str,
+)
+def test_it_is_the_perturbation_of_the_paper(setting, threads, width, moves):
+    model = with_gradients(network(width)).requires_grad_()
+    torch.set_num_threads(threads)
+    try:
+        before, grads, moved = there(model, ASAM(model, rho=0.3, compile=True, **setting))
+    finally:
+        torch.set_num_threads(1)
+    assert len(moves) == 1
+    chosen = setting.pop("params", list(before))
+    double = {name: before[name].double() for name in chosen}
+    e = Geometry(**setting).maximizer(double, {name: grads[name].double() for name in chosen}, 0.3)
+    for name, w in before.items():
+        expected = w.double() + e[name] if name in e else w.double()
+        # the sum is rounded once, its second part to float32 before
+        torch.testing.assert_close(moved[name].double(), expected, rtol=2e-7, atol=2e-6 * 0.3)
+
+
+def test_a_small_one_is_the_slow_reference(moves):
+    model = shapes_problem(torch.float32)[0]
+    generator = torch.Generator().manual_seed(2)
+    for param in model.parameters():
+        param.grad = torch.randn(param.shape, generator=generator)
+    before, grads, moved = there(model, ASAM(model, rho=0.3, compile=True))
+    e = maximizer(before, grads, 0.3)
+    for name, w in before.items():
+        torch.testing.assert_close(moved[name], w + e[name], rtol=1e-6, atol=1e-7)
+    assert moves
+
+
+@pytest.mark.parametrize("magnitude", [1e-42, 1e-36, 1e-20, 1.0, 1e20, 1e36])
+@pytest.mark.parametrize("make", [ASAM, SAM])
+def test_the_magnitude_of_the_gradient_does_not_matter(make, magnitude):
+    model = with_gradients(network(), magnitude)
+    before, _, moved = there(model, make(model, rho=0.3, compile=True))
+    e = {name: (moved[name] - w).double() for name, w in before.items()}
+    norm = float(make(model).geometry.norm({name: w.double() for name, w in before.items()}, e))
+    if magnitude < 1e-38:  # denormal: the ball is not left, as with the operations of torch
+        assert norm <= 0.3 * (1 + 1e-3)
+    else:
+        assert norm == pytest.approx(0.3, rel=1e-4)
+
+
+def test_no_gradient_gives_no_perturbation():
+    model = with_gradients(network(), 0.0)
+    before, _, moved = there(model, ASAM(model, compile=True))
+    assert_same(moved, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_leaves_the_weights_as_they_were(value):
+    model = with_gradients(network())
+    model[0].weight.grad[0, 0] = value
+    _, _, moved = there(model, ASAM(model, compile=True))
+    assert not any(
+        tensor.isfinite().all() for name, tensor in moved.items() if "running" not in name and "num" not in name
+    )
+
+
+def test_the_number_of_threads_changes_no_bit():
+    results = []
+    for threads in (1, 2, 3):
+        model = with_gradients(network(LARGE))
+        torch.set_num_threads(threads)
+        try:
+            results.append(there(model, ASAM(model, compile=True))[2])
+        finally:
+            torch.set_num_threads(1)
+    for other in results[1:]:
+        assert_same(other, results[0])
+
+
+def test_steps_are_those_without_it():
+    inputs = torch.randn(8, 40)
+    results = []
+    for fast in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 40), nn.BatchNorm1d(40), nn.Tanh(), nn.Linear(40, 1))
+        asam = ASAM(model, rho=0.2, compile=fast)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        losses = []
+        for _ in range(5):
+            losses.append(asam.backward(lambda model=model: model(inputs).square().mean()))
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([*losses, *weights(model).values()])
+    for slow, quick in zip(*results, strict=True):
+        torch.testing.assert_close(quick, slow, rtol=1e-5, atol=1e-6)
+
+
+def test_against_the_momentum(moves):
+    torch.manual_seed(0)
+    model = nn.Linear(40, 1)
+    inputs = torch.randn(8, 40)
+    asam = EconomicalASAM(model, steps=4, exact=0.5, compile=True)
+    for _ in range(4):
+        asam.backward(lambda: model(inputs).square().mean())
+    assert len(moves) == 3  # the first step has no momentum yet
+
+
+def test_what_it_is_not_for_goes_the_other_way(moves):
+    for model, setting in (
+        (network().double(), {}),
+        (network(), {"p": float("inf")}),
+        (network(), {"normalization": "filterwise", "bias": "fixed", "params": ["0.weight"]}),
+    ):
+        there(with_gradients(model), ASAM(model, compile=True, **setting))
+    assert not moves
+
+
+def test_a_gradient_in_another_order_goes_the_other_way(moves):
+    model = with_gradients(network())
+    model[0].weight.grad = torch.randn(40, 40).T
+    before, grads, moved = there(model, ASAM(model, rho=0.3, compile=True))
+    e = Geometry().maximizer(dict(model.named_parameters()), grads, 0.3)
+    torch.testing.assert_close(moved["0.weight"], before["0.weight"] + e["0.weight"], rtol=1e-6, atol=1e-6)
+    assert moves == [7]
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_counts_operations_sees_them(moves):
+    model = with_gradients(network())
+    with Operations() as mode:
+        there(model, ASAM(model, compile=True))
+    assert "addcmul_" in mode.names or "addcmul" in mode.names
+    assert not moves
+
+
+def test_a_graph_that_needs_the_old_weights_raises():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    kept = model(torch.randn(4, 3)).square().mean()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ASAM(model, compile=True).backward(lambda: kept.clone(), backward=lambda loss: loss.backward(retain_graph=True))
+
+
+def test_nothing_is_put_back_before_anything_has_moved():
+    params, grads = [torch.ones(3)], [torch.ones(3)]
+    block = NativeBlock(params, grads, 1, 0.0, CPU_BLOCK)
+    assert block.put_back() == []
+    block.keep()  # room of whatever it holds
+    assert block.put_back() == []
+    assert torch.equal(params[0], torch.ones(3))
+
+
+@pytest.mark.parametrize("width", [40, LARGE])
+@pytest.mark.parametrize("failing", [False, True])
+def test_weights_come_back_into_other_memory(failing, width):
+    model = with_gradients(network(width))
+    before, old = weights(model), model[0].weight.data
+    new = torch.full_like(old, 7.0)
+
+    def visit():
+        with ASAM(model, compile=True).perturbed():
+            model[0].weight.data = new
+            if failing:
+                raise ValueError("boom")
+
+    if failing:
+        with pytest.raises(ValueError, match="boom"):
+            visit()
+    else:
+        visit()
+    assert model[0].weight.data_ptr() == new.data_ptr()
+    assert_same(weights(model), before)
+    if width == LARGE:
+        assert torch.equal(old, before["0.weight"])
+
+
+@pytest.mark.parametrize("width", [40, LARGE])
+def test_weights_come_back_in_another_dtype(width):
+    model = with_gradients(network(width))
+    before = weights(model)
+    with ASAM(model, compile=True).perturbed():
+        model.zero_grad()
+        model.double()
+    floating = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in before.items()}
+    assert_same(weights(model), floating)
+
+
+@pytest.mark.parametrize("width", [40, LARGE])
+def test_a_change_of_shape_is_refused_and_undone(width):
+    model = with_gradients(network(width))
+    before = weights(model)
+
+    def visit():
+        with ASAM(model, compile=True).perturbed():
+            model[0].weight.data = torch.zeros(3, 2)
+
+    with pytest.raises(RuntimeError, match=r"shape of a parameter changed .* 0\.weight\. Change the model between"):
+        visit()
+    assert_same(weights(model), before)
+
+
+def test_memory_that_two_parameters_share_comes_back():
+    model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
+    model[1].weight.data = model[0].weight.data
+    with_gradients(model)
+    before = weights(model)
+    with ASAM(model, compile=True).perturbed():
+        assert not torch.equal(model[0].weight, before["0.weight"])
+    assert_same(weights(model), before)
+
+
+def test_without_a_compiler_it_goes_the_other_way(monkeypatch, moves):
+    library.cache_clear()
+    monkeypatch.setenv("CXX", "/nowhere/c++")
+    try:
+        assert library() is None
+        pieces = list(
+            Geometry().blocks(["w"], [torch.ones(3)], [torch.ones(3)], 0.1, execution=Execution(compile=True))
+        )
+    finally:
+        library.cache_clear()
+    assert not isinstance(pieces[0], NativeBlock)
+
+
+def test_it_is_small_and_compiles_in_seconds():
+    assert len(Path(asam.native.SOURCE).read_text().splitlines()) < 150
+    library.cache_clear()
+    start = time.monotonic()
+    assert library() is not None
+    assert time.monotonic() - start < 30
