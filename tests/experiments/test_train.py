@@ -207,6 +207,12 @@ def of_another_run(path):
     torch.save(found, path)
 
 
+def of_settings_unknown_here(path):
+    found = torch.load(path, weights_only=True)
+    found["run"] |= {"line\x1ebreak": 1, 7: torch.ones(2)}
+    torch.save(found, path)
+
+
 def of_two_processes(path):
     found = torch.load(path, weights_only=True)
     found["state"]["random"] *= 2
@@ -226,6 +232,7 @@ class Code:
     ("spoil", "message"),
     [
         (of_another_run, "is of another run (lr, seed): choose another --out, or --force"),
+        (of_settings_unknown_here, "is of another run (settings unknown here): choose another"),
         (of_two_processes, "is of 2 processes, not 1: start as many, or again with --force"),
         (truncated, "is not a checkpoint of a run ("),
         (lambda path: path.write_bytes(b""), "is not a checkpoint of a run ("),

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,3 +171,13 @@ def test_resumptions(unfinished, tmp_path, data):
 @settings(OPTIONS, max_examples=400)
 def test_many_resumptions(unfinished, tmp_path, data):
     check_resumption(data.draw, unfinished, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_what_reaches_new_code(tmp_path):
+    pytest.importorskip("atheris", reason="atheris is not installed")
+    script = Path(__file__).with_name("coverage_guided.py")
+    command = [sys.executable, str(script), "-max_total_time=30", f"-artifact_prefix={tmp_path}/"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done" in done.stderr

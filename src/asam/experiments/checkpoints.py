@@ -52,8 +52,11 @@ def load(path: Path, run: Run, processes: int) -> dict[str, Any]:
         found = tensors(content)
         of, state = dict(found["run"]), dict(found["state"])
         generators = len(state["random"])
-    if of != asdict(run):
-        differs = sorted(key for key in of.keys() | asdict(run).keys() if of.get(key) != asdict(run).get(key))
+        # by the names that a run has: those of the file may be anything
+        differs = sorted(key for key, value in asdict(run).items() if key not in of or of[key] != value)
+        if of.keys() - asdict(run).keys():
+            differs.append("settings unknown here")
+    if differs:
         raise InputError(f"{path} is of another run ({', '.join(differs)}): choose another --out, or --force")
     if generators != processes:
         raise InputError(f"{path} is of {generators} processes, not {processes}: start as many, or again with --force")
