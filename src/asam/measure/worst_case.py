@@ -191,7 +191,7 @@ class _Ball:
     def __init__(self, objective: Objective, evaluation: Evaluation, geometry: Geometry) -> None:
         self.evaluation = evaluation
         self.scales = objective.scales(geometry)
-        self.factors = evaluation.parts(self.scales)
+        self.factors = None if bool((self.scales == 1).all()) else evaluation.parts(self.scales)
         self.p = float(geometry.p)
         self.eps = max(torch.finfo(weight.dtype).eps for weight in evaluation.weights)
 
@@ -215,7 +215,7 @@ class _Climb:
         ]
         self.rounding = ball.eps * (abs(self.base) + largest * math.hypot(*norms))
         nowhere = gradient.new_zeros(()).expand_as(gradient)  # 0 without memory
-        self.origin = Point(nowhere, self.base, gradient.mul_(ball.scales))
+        self.origin = Point(nowhere, self.base, self._in_u(gradient))
 
     def evaluate(self, u: Tensor, with_gradient: bool) -> Point:
         self.ball.evaluation.move(u, self.ball.factors)
@@ -223,7 +223,11 @@ class _Climb:
             return Point(u, self.ball.evaluation.means(self.pieces)["loss"], u[:0])
         self.evaluations += 1
         value, gradient = self.ball.evaluation.loss_and_gradient(self.pieces)
-        return Point(u, value, gradient.mul_(self.ball.scales))
+        return Point(u, value, self._in_u(gradient))
+
+    def _in_u(self, gradient: Tensor) -> Tensor:
+        """The gradient with respect to u, written over that with respect to the weights."""
+        return gradient if self.ball.factors is None else gradient.mul_(self.ball.scales)
 
     def one_step(self, rho: float) -> Ascent:
         """The rise at the maximizer of the linearized loss, or none where the loss falls there."""
