@@ -204,7 +204,7 @@ def test_a_graph_that_needs_the_old_weights_raises():
 
 def test_nothing_is_put_back_before_anything_has_moved():
     params, grads = [torch.ones(3)], [torch.ones(3)]
-    block = NativeBlock(params, grads, 1, 0.0, CPU_BLOCK)
+    block = NativeBlock(library(), params, grads, 1, 0.0)
     assert block.put_back() == []
     block.keep()  # room of whatever it holds
     assert block.put_back() == []
@@ -260,7 +260,7 @@ def test_a_change_of_shape_is_refused_and_undone(width):
     assert_same(weights(model), before)
 
 
-def test_memory_that_two_parameters_share_comes_back():
+def test_memory_that_two_parameters_share_goes_the_other_way_and_comes_back(moves):
     model = nn.ModuleList([nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)])
     model[1].weight.data = model[0].weight.data
     with_gradients(model)
@@ -268,19 +268,101 @@ def test_memory_that_two_parameters_share_comes_back():
     with ASAM(model, compile=True).perturbed():
         assert not torch.equal(model[0].weight, before["0.weight"])
     assert_same(weights(model), before)
+    assert not moves
 
 
-def test_without_a_compiler_it_goes_the_other_way(monkeypatch, moves):
+@pytest.mark.parametrize("width", [40, LARGE])
+def test_weights_come_back_to_where_their_memory_went(width):
+    model = with_gradients(network(width))
+    before = weights(model)
+    with ASAM(model, compile=True).perturbed():
+        model.share_memory()  # copies all of it, and lets go what it was in
+    assert_same(weights(model), before)
+
+
+def test_another_dtype_at_the_same_place_is_not_written_over():
+    model = with_gradients(network())
+    before = weights(model)
+    memory = model[0].weight.data
+    with ASAM(model, compile=True).perturbed():
+        model[0].weight.data = memory.view(torch.float16).as_strided((40, 40), (40, 1))
+        assert model[0].weight.data_ptr() == memory.data_ptr()
+    assert torch.equal(model[0].weight, before["0.weight"].half())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_parameter_that_cannot_be_written_to_keeps_no_other_from_coming_back(fast):
+    model = with_gradients(network())
+    before = weights(model)
+
+    def visit():
+        with ASAM(model, compile=fast).perturbed():
+            model[0].weight.data = torch.zeros(()).expand(40, 40)
+
+    with pytest.raises(RuntimeError, match="the shape of a parameter changed"):
+        visit()
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_does_not_matter(dtype, moves):
+    expected = there(with_gradients(model := network()), ASAM(model, compile=True))[2]
+    with_gradients(model)
+    torch.set_default_dtype(dtype)
+    try:
+        assert_same(there(model, ASAM(model, compile=True))[2], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert len(moves) == 2
+
+
+def test_the_default_device_does_not_matter():
+    asam = ASAM(model := network(), compile=True)
+    expected = there(with_gradients(model), asam)[2]
+    with_gradients(model)
+    with torch.device("meta"):
+        assert_same(there(model, asam)[2], expected)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [torch.Tensor.double, torch._neg_view, lambda grad: torch._efficientzerotensor(grad.shape)],
+    ids=["dtype", "negative", "zero"],
+)
+def test_a_direction_that_is_not_plain_memory_goes_the_other_way(other, moves):
+    w, grad, ends = torch.randn(40, 40), other(torch.randn(40, 40)), []
+    for execution in (Execution(), Execution(compile=True)):
+        moved = [w.clone()]
+        for block in Geometry().blocks(["0.weight"], moved, [grad], 0.3, execution=execution):
+            block.keep()
+            block.move()
+        ends.append(moved[0])
+    assert torch.equal(*ends)
+    assert not moves
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true", "", "'"])
+def test_without_a_compiler_it_goes_the_other_way(compiler, monkeypatch):
     library.cache_clear()
-    monkeypatch.setenv("CXX", "/nowhere/c++")
+    monkeypatch.setenv("CXX", compiler)
     try:
         assert library() is None
-        pieces = list(
-            Geometry().blocks(["w"], [torch.ones(3)], [torch.ones(3)], 0.1, execution=Execution(compile=True))
-        )
+        (block,) = Geometry().blocks(["w"], [torch.ones(3)], [torch.ones(3)], 0.1, execution=Execution(compile=True))
     finally:
         library.cache_clear()
-    assert not isinstance(pieces[0], NativeBlock)
+    assert not isinstance(block, NativeBlock)
+
+
+def test_without_a_temporary_folder_it_goes_the_other_way(monkeypatch):
+    def no_folder(*arguments, **options):
+        raise FileNotFoundError("no usable temporary directory")
+
+    library.cache_clear()
+    monkeypatch.setattr("tempfile.TemporaryDirectory", no_folder)
+    try:
+        assert library() is None
+    finally:
+        library.cache_clear()
 
 
 def test_it_is_small_and_compiles_in_seconds():

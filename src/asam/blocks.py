@@ -104,9 +104,15 @@ def _without_native(pieces: list[Piece], eta: float, blocks: "list[Block | Nativ
         else:
             others.append(piece)
     both = chosen[True] + chosen[False]
-    if both:
-        params, grads = [piece.param for piece in both], [piece.grad for piece in both]
-        blocks.append(NativeBlock(params, grads, len(chosen[True]), eta, CPU_BLOCK))
+    loops = native.library() if both else None
+    if loops is None:
+        return pieces
+    # a large one as its memory, which perturbed() holds and brings into a parameter that is elsewhere by then
+    params = [piece.param.detach() if piece.param.numel() > CPU_BLOCK else piece.param for piece in both]
+    block = NativeBlock(loops, params, [piece.grad for piece in both], len(chosen[True]), eta)
+    if block.overlap():
+        return pieces
+    blocks.append(block)
     return others
 
 
@@ -115,7 +121,7 @@ class Execution:
     """How the arithmetic is done.
 
     Args:
-        compile: by the code that torch's compiler makes for it.
+        compile: by compiled code, that of native.cpp or what torch's compiler makes.
         stochastic: where w + e is in half precision, whether it is rounded by chance.
     """
 

@@ -39,10 +39,15 @@ def put_back(targets: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
     except RuntimeError:
         resized = []
         for target, original in zip(targets, originals, strict=True):
-            if target.shape == original.shape:
+            if target.shape == original.shape and is_writable(target):
                 target.copy_(original)
             else:
                 target.data = original
                 resized.append(target)
         return resized
     return []
+
+
+def is_writable(tensor: Tensor) -> bool:
+    """Whether every element has a place of its own, as those of an expanded tensor have not."""
+    return all(stride or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -31,8 +32,8 @@ VECTORIZED double adaptive_squares(const float* w, const float* g, int64_t n, fl
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const double scaled = (std::fabs(w[i]) + eta) * g[i];
-    sum += scaled * scaled;
+    const float scaled = (std::fabs(w[i]) + eta) * g[i];
+    sum += double(scaled) * scaled;
   }
   return sum;
 }
@@ -65,6 +66,16 @@ VECTORIZED void plain_move(float* w, const float* g, float* saved, int64_t n, fl
 
 extern "C" {
 
+// Whether any two tensors share memory.
+int overlap(int64_t count, const int64_t* sizes, float* const* w) {
+  std::vector<std::pair<const float*, const float*>> spans;
+  for (int64_t t = 0; t < count; ++t) spans.emplace_back(w[t], w[t] + sizes[t]);
+  std::sort(spans.begin(), spans.end());
+  for (int64_t t = 1; t < count; ++t)
+    if (spans[t].first < spans[t - 1].second) return 1;
+  return 0;
+}
+
 // The root of the mean of (T g)^2, at least the smallest normal number, and ||T g||_2 in units of it.
 void measure(int64_t count, const int64_t* sizes, float* const* w, const float* const* g, int64_t adaptive, float eta,
              int threads, float* result) {
@@ -90,7 +101,7 @@ void move(int64_t count, const int64_t* sizes, float* const* w, const float* con
           int threads, float factor, float sign, float* saved, int32_t* away) {
   *away = 1;
   for (int64_t t = 0; t < count; ++t) {
-    chunks(sizes[t], threads, [&](int64_t , int64_t start, int64_t n) {
+    chunks(sizes[t], threads, [&](int64_t, int64_t start, int64_t n) {
       if (t < adaptive)
         adaptive_move(w[t] + start, g[t] + start, saved + start, n, eta, factor, sign);
       else
@@ -100,12 +111,12 @@ void move(int64_t count, const int64_t* sizes, float* const* w, const float* con
   }
 }
 
-// Copy back, the last tensor first: memory that two of them share was moved twice.
-void put_back(int64_t count, const int64_t* sizes, float* const* w, int threads, const float* end) {
-  for (int64_t t = count - 1; t >= 0; --t) {
-    end -= sizes[t];
+// Copy back what was saved, one tensor after the other.
+void put_back(int64_t count, const int64_t* sizes, float* const* w, int threads, const float* saved) {
+  for (int64_t t = 0; t < count; ++t) {
     chunks(sizes[t], threads,
-           [&](int64_t , int64_t start, int64_t n) { std::memcpy(w[t] + start, end + start, n * sizeof(float)); });
+           [&](int64_t, int64_t start, int64_t n) { std::memcpy(w[t] + start, saved + start, n * sizeof(float)); });
+    saved += sizes[t];
   }
 }
 }

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .blocks import AS_IT_STANDS, CPU_BLOCK, Block, Execution
 from .geometry import Geometry
-from .layout import put_back
+from .layout import is_writable, put_back
 from .native import NativeBlock
 from .sharding import Unsharded, local
 
@@ -54,16 +54,18 @@ def perturbed(
         buffers = Buffers(model.modules() if keeping is None else keeping)
 
     def bring_back() -> None:
-        with torch.no_grad():
-            for block in reversed(saved):  # memory that two parameters share was moved twice
-                resized.extend(block.put_back())
-            for param, whole in cut:
-                if param.data_ptr() != whole.data_ptr() or param.shape != whole.shape:
-                    resized.extend(put_back([param], [whole]))
-            buffers.restore()
-        unsharded.let_go()
-        torch.clear_autocast_cache()
-        _away.pop(id(params), None)
+        try:
+            with torch.no_grad():
+                for block in reversed(saved):  # memory that two parameters share was moved twice
+                    resized.extend(block.put_back())
+                for param, whole in cut:
+                    if param.data_ptr() != whole.data_ptr() or param.shape != whole.shape:
+                        resized.extend(put_back([param], [whole]))
+                buffers.restore()
+            unsharded.let_go()
+            torch.clear_autocast_cache()
+        finally:
+            _away.pop(id(params), None)
 
     try:
         _away[id(params)] = params
@@ -137,9 +139,7 @@ class Buffers:
             [
                 buffer
                 for _, _, buffer in self._places
-                if buffer is not None
-                and buffer.layout == torch.strided
-                and all(buffer.stride(i) or buffer.shape[i] < 2 for i in range(buffer.ndim))
+                if buffer is not None and buffer.layout == torch.strided and is_writable(buffer)
             ]
         )
         self._contents = copies(self._buffers)

@@ -16,10 +16,10 @@ import torch
 from slow_reference import assert_same, weights
 from torch import nn
 
-from asam import ASAM, minimizer, perturbation
+from asam import ASAM, minimizer, native, perturbation
 
 # what lies below them ends in them: an exception there is one at the call
-FILES = [minimizer.__file__, perturbation.__file__]
+FILES = [minimizer.__file__, perturbation.__file__, native.__file__]
 
 
 @functools.cache
@@ -60,8 +60,8 @@ def interrupted_at(place):
 
 def problem():
     torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
-    inputs = torch.randn(5, 3, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    inputs = torch.randn(5, 3)
     return model, lambda: model(inputs).square().mean()
 
 
@@ -69,7 +69,11 @@ def through(model, loss):
     ASAM(model).backward(loss, backward=lambda value: value.backward())
 
 
-WAYS = {"backward": lambda model, loss: ASAM(model).backward(loss), "through": through}
+WAYS = {
+    "backward": lambda model, loss: ASAM(model).backward(loss),
+    "through": through,
+    "compiled": lambda model, loss: ASAM(model, compile=True).backward(loss),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
