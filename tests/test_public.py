@@ -132,6 +132,6 @@ def test_importing_is_cheap():
     seconds, packages, modules = run.stdout.splitlines()
     assert float(seconds) < 0.1
     assert set(packages.split()) <= {"asam", "torch"}
-    core = "blocks checks closures combination direction economical geometry kernels minimizer norms optimizer "
-    core += "parameters passes perturbation projection replicas sharding"
+    core = "blocks checks closures combination direction economical geometry kernels layout minimizer native norms "
+    core += "optimizer parameters passes perturbation projection replicas sharding"
     assert set(modules.split()) == {f"asam.{name}" for name in core.split()}
