@@ -22,6 +22,7 @@ from asam import ASAM, SAM, Gradient, Momentum, norm_parameters
 
 RHO = 0.05
 SGD, PASSES, OURS = "SGD step", "two bare passes", "asam.ASAM"
+COMPILED, NORMS = "asam.ASAM, compile=True", "normalization layers only"
 
 
 def steps(workload: Workload) -> dict[str, tuple[Callable[[], object], int]]:
@@ -81,7 +82,7 @@ def steps(workload: Workload) -> dict[str, tuple[Callable[[], object], int]]:
         PASSES: two_passes,
         f"{PASSES}, again": two_passes,
         OURS: asam,
-        "asam.ASAM, compile=True": ours(ASAM(model, rho=RHO, compile=True)),
+        COMPILED: ours(ASAM(model, rho=RHO, compile=True)),
         "asam.SAM": ours(SAM(model, rho=RHO)),
         "Gradient(mean=-1.0), Friendly": ours(ASAM(model, rho=RHO, direction=Gradient(mean=-1.0))),
         "combine, WSAM": ours(ASAM(model, rho=RHO, combine=lambda g00, g01, g11: (-1.0, 2.0))),
@@ -94,7 +95,7 @@ def steps(workload: Workload) -> dict[str, tuple[Callable[[], object], int]]:
     }
     norms = norm_parameters(model)
     if norms:
-        single["normalization layers only"] = ours(ASAM(model, rho=RHO, params=norms))
+        single[NORMS] = ours(ASAM(model, rho=RHO, params=norms))
     return {name: (step, 1) for name, step in single.items()} | {
         "every 2nd step": cycle(asam, sgd, 2),
         "every 5th step": cycle(asam, sgd, 5),
