@@ -87,12 +87,15 @@ def collectives(run):
 
 
 def replicas_stay_equal(rank):
-    for sync_ascent in (False, True):
-        model = DistributedDataParallel(network())
-        asam = ASAM(model, sync_ascent=sync_ascent)
+    for sync_ascent, fast in ((False, False), (True, False), (False, True)):
+        dtype = torch.float32 if fast else torch.float64
+        model = DistributedDataParallel(network().to(dtype))
+        asam = ASAM(model, sync_ascent=sync_ascent, compile=fast)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         for step in range(50):  # a thousand are in test_long_run
-            asam.backward(lambda step=step, model=model: loss(model, batch(step, rank)))
+            inputs, targets = batch(step, rank)
+            data = (inputs.to(dtype), targets)
+            asam.backward(lambda data=data, model=model: loss(model, data))
             optimizer.step()
             optimizer.zero_grad()
         for param in model.parameters():

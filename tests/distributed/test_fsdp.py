@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.profiler import profile
 
 from asam import ASAM, SAM, Geometry
+from asam.native import NativeBlock, library
 
 
 def test_two_shards(tmp_path):
@@ -42,6 +43,7 @@ def test_two_shards(tmp_path):
         the_perturbation_has_the_size_rho,
         accumulation,
         one_collective_a_step,
+        compiled_code_moves_the_shards,
         tensor_parallelism,
     )
 
@@ -75,6 +77,26 @@ def every_way_and_many_steps(rank):
     assert_like_one_process(rank, partial(ASAM, normalization="layerwise"), sharded(), steps=20)
     assert_like_one_process(rank, partial(SAM, sync_ascent=True), sharded(), steps=3)
     assert_like_one_process(rank, partial(ASAM, rho=0), sharded(), steps=3)
+
+
+def compiled_code_moves_the_shards(rank):
+    moves, real = [], NativeBlock.move
+    ends = []
+    for fast in (False, True):
+        model = sharded(network().float())
+        asam = ASAM(model, rho=0.1, compile=fast)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(NativeBlock, "move", lambda block: (moves.append(1), real(block)))
+            for step in range(3):
+                inputs, targets = batch(step, rank)
+                data = (inputs.float(), targets)
+                asam.backward(lambda data=data, model=model: loss(model, data))
+                optimizer.step()
+                optimizer.zero_grad()
+        ends.append(whole(dict(model.named_parameters())))
+    assert len(moves) == (3 if library() else 0)
+    assert_near(ends[1], ends[0], rtol=1e-4, atol=1e-6)
 
 
 def scales_of_the_users_own(rank):
