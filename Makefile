@@ -41,7 +41,7 @@ package: $(READY)  ## what is published, in dist/
 	$(BIN)/twine check --strict dist/*
 
 bench: $(READY)  ## cost per step and memory, beside plain SGD and another implementation
-	$(BIN)/python benchmarks/bench.py --out docs/performance
+	$(BIN)/python benchmarks/bench.py --large --out docs/performance
 
 reproduce: $(READY)  ## every figure and table of the paper at laptop scale into docs/results; takes three quarters of an hour on two cores
 	for study in $(STUDIES); do \

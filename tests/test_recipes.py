@@ -44,7 +44,9 @@ class Training:
     def run(self, code):
         names = {name: getattr(asam, name) for name in asam.__all__}
         loader = list(zip(self.inputs, self.targets, strict=True))
-        names |= {"model": self.model, "optimizer": self.optimizer, "loader": loader, "torch": torch}
+        if "epochs" in code:  # the same steps in two epochs
+            loader = loader[: STEPS // 2]
+        names |= {"model": self.model, "optimizer": self.optimizer, "loader": loader, "torch": torch, "epochs": 2}
         exec(code, names | {"criterion": nn.functional.cross_entropy})
         return self.model.seen / (STEPS * BATCH)
 
@@ -55,7 +57,7 @@ class Training:
 
 def complete(recipe):
     code = CODE[recipe]
-    return code if "for " in code else code + LOOP
+    return code if "for " in code else code + LOOP * (2 if "epochs" in code else 1)
 
 
 def test_the_table_lists_the_recipes_in_their_order():
