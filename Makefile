@@ -43,7 +43,7 @@ package: $(READY)  ## what is published, in dist/
 bench: $(READY)  ## cost per step and memory, beside plain SGD and another implementation
 	$(BIN)/python benchmarks/bench.py --large --out docs/performance
 
-reproduce: $(READY)  ## every figure and table of the paper at laptop scale into docs/results; takes three quarters of an hour on two cores
+reproduce: $(READY)  ## every figure and table of the paper at laptop scale into docs/results; takes about an hour on two cores
 	for study in $(STUDIES); do \
 	  [ -e docs/results/$$study/runs.sqlite3 ] && force= || force=--force; \
 	  $(BIN)/asam reproduce $$study --out docs/results/$$study $$force || exit; \
