@@ -4,6 +4,7 @@ import multiprocessing
 import pytest
 import torch
 
+collect_ignore = ["fuzz/coverage_guided.py"]  # a script that needs atheris
 torch.set_num_threads(1)
 # imported once for all processes that a server forks; not modules of the tests, which it does not find
 PRELOADED = "torch._dynamo torch.distributed.fsdp torch.utils.tensorboard sklearn.datasets asam.experiments.runs"
