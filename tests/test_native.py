@@ -353,6 +353,15 @@ def test_without_a_compiler_it_goes_the_other_way(compiler, monkeypatch):
     assert not isinstance(block, NativeBlock)
 
 
+def test_where_a_second_openmp_may_end_the_process_it_goes_the_other_way(monkeypatch):
+    library.cache_clear()
+    monkeypatch.setattr("sys.platform", "darwin")
+    try:
+        assert library() is None
+    finally:
+        library.cache_clear()
+
+
 def test_without_a_temporary_folder_it_goes_the_other_way(monkeypatch):
     def no_folder(*arguments, **options):
         raise FileNotFoundError("no usable temporary directory")
