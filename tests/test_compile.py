@@ -43,7 +43,7 @@ def assert_compiled_is_eager(model, **options):
 
 
 # torch's own, while it compiles
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Skipping serialization:UserWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +150,7 @@ def test_without_a_compiler_it_runs_as_it_is_with_one_warning():
         pytest.warns(UserWarning, match="compile=True has no effect") as told,
     ):
         fast, again = there(model, compile=True), there(model, compile=True)
-    assert len(told) == 2  # one for the size of the gradient, one for the move
+    # one for the size of the gradient, one for the move
+    assert sum("compile=True has no effect" in str(warning.message) for warning in told) == 2
     for result in (fast, again):
         assert all(torch.equal(value, slow[name]) for name, value in result.items())
