@@ -148,6 +148,20 @@ def test_steps_are_those_without_it():
         torch.testing.assert_close(quick, slow, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("normalization", ["elementwise", "none"])
+def test_a_negative_rho_is_the_way_downhill(normalization, moves):
+    w, grad, ends = torch.randn(40, 40), torch.randn(40, 40), []
+    for execution in (Execution(), Execution(compile=True)):
+        params = [w.clone()]
+        for block in Geometry(normalization).blocks(["0.weight"], params, [grad], -0.3, execution=execution):
+            block.keep()
+            block.move()
+        ends.append(params[0])
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-6, atol=1e-7)
+    assert ((ends[1] - w) * grad).sum() < 0
+    assert len(moves) == 1
+
+
 def test_against_the_momentum(moves):
     torch.manual_seed(0)
     model = nn.Linear(40, 1)
