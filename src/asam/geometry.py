@@ -31,6 +31,8 @@ BIASES = ("unscaled", "scaled", "fixed")
 
 # How the scale of a parameter is found: a normalization, or "fixed".
 Kind = str | Callable[[Tensor], Tensor | float]
+# Those for which no tensor is made in advance: |w| + eta, 1, and 0, for what does not move.
+WITHOUT_SCALE = ("elementwise", "none", "fixed")
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,11 @@ class Geometry:
             {'weight': tensor([2.0100, 0.0100]), 'bias': tensor([1.])}
         """
         with torch.no_grad():
-            return {name: self._scale(name, param.detach()) for name, param in params.items()}
+            kinds = self._kinds(list(params), list(params.values()))
+            return {
+                name: self._scale(name, kind, param.detach())
+                for (name, param), kind in zip(params.items(), kinds, strict=True)
+            }
 
     def norm(self, params: Mapping[str, Tensor], perturbations: Mapping[str, Tensor]) -> Tensor:
         """``||T_w^-1 e||_p`` over all parameters, a scalar tensor.
@@ -154,16 +160,19 @@ class Geometry:
         scales = self.scales(params)
         return {name: torch.where(perturbations[name] == 0, 0, perturbations[name] / scales[name]) for name in params}
 
-    def _kind(self, name: str, param: Tensor) -> Kind:
-        """How the scale of this parameter is found: the normalization, as the bias policy and the shape leave it."""
-        if _is_bias(name) and self.bias != "scaled":
-            return "none" if self.bias == "unscaled" else "fixed"
-        if self.normalization == "filterwise" and param.ndim < 2:
-            return "elementwise"
-        return self.normalization
+    def _kinds(self, names: Sequence[str], params: Sequence[Tensor]) -> list[Kind]:
+        """How the scale of each parameter is found: the normalization, as the bias policy and the shape leave it."""
+        weights = self.normalization
+        biases = {"unscaled": "none", "scaled": weights, "fixed": "fixed"}[self.bias]
+        kinds = [biases if _is_bias(name) else weights for name in names]
+        if weights == "filterwise":
+            return [
+                "elementwise" if kind == "filterwise" and param.ndim < 2 else kind
+                for kind, param in zip(kinds, params, strict=True)
+            ]
+        return kinds
 
-    def _scale(self, name: str, param: Tensor) -> Tensor:
-        kind = self._kind(name, param)
+    def _scale(self, name: str, kind: Kind, param: Tensor) -> Tensor:
         if kind == "elementwise":
             return param.abs() + self.eta
         if kind == "none":
@@ -199,13 +208,13 @@ class Geometry:
         """
         targets = params if targets is None else targets
         q = 1.0 if self.p == math.inf else self.p / (self.p - 1)
-        kinds = [self._kind(name, param) for name, param in zip(names, params, strict=True)]
+        kinds = self._kinds(names, params)
         if is_sharded(params):
             blocks, norm = self._cut_shards(names, kinds, params, grads, targets, q, execution)
             grads.clear()
         else:
             scales = [
-                None if kind == "elementwise" or kind == "none" else self._scale(name, param.detach())
+                None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())
                 for name, kind, param in zip(names, kinds, params, strict=True)
             ]
             pieces = self._pieces(kinds, params, grads, targets, scales)
@@ -279,7 +288,7 @@ class Geometry:
             scales[i] = (size.prod(dim=0).to(length).view_as(length) + self.eta).expand_as(shards[i])
         for i, kind in enumerate(kinds):
             if callable(kind):
-                scales[i] = shard(self._scale(names[i], params[i].detach()), params[i])
+                scales[i] = shard(self._scale(names[i], kind, params[i].detach()), params[i])
         return scales
 
 

@@ -24,7 +24,7 @@ from .geometry import Geometry
 from .kernels import HALF
 from .parameters import selected_parameters
 from .passes import Passes
-from .perturbation import RandomState, perturbed, run_at, running_statistics
+from .perturbation import RandomState, modules_of, perturbed, run_at, running_statistics
 from .replicas import Replicas
 from .sharding import Unsharded, check_sharding
 
@@ -313,8 +313,8 @@ class ASAM:
     def _clear_grads(self) -> None:
         """Set the gradients of the whole model to None."""
         self._unsharded.let_go()
-        # Module.parameters() finds the same ones, in twice the time
-        for module in self._model.modules():
+        # Module.parameters() finds the same ones, in several times the time
+        for module in modules_of(self._model):
             for param in module._parameters.values():
                 if param is not None:
                     param.grad = None

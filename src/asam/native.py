@@ -29,7 +29,6 @@ PLAIN = (Tensor, torch.nn.Parameter)
 TENSORS: list[Any] = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]  # how many, their sizes, where they are
 # gradients, how many tensors have T = |w| + eta, eta, threads
 SCALE: list[Any] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
-Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]  # pointer, shape, strides, dtype
 
 
 @cache
@@ -64,11 +63,15 @@ def is_for(device: torch.device, dtype: torch.dtype, q: float) -> bool:
 
 def is_plain(param: Tensor, grad: Tensor) -> bool:
     """Whether both are nothing but memory, for numbers of one dtype, filled in the same order without a gap."""
-    if type(param) not in PLAIN or type(grad) is not Tensor or grad.dtype != param.dtype or grad.shape != param.shape:
-        return False
-    if grad.device != param.device or grad.is_neg() or param.is_neg() or grad._is_zerotensor():
-        return False
-    return (param.is_contiguous() and grad.is_contiguous()) or common_order(param, grad) is not None
+    return (
+        type(param) in PLAIN
+        and type(grad) is Tensor
+        and grad.dtype == param.dtype
+        and grad.shape == param.shape
+        and grad.is_cpu
+        and not (grad.is_neg() or param.is_neg() or grad._is_zerotensor())
+        and ((param.is_contiguous() and grad.is_contiguous()) or common_order(param, grad) is not None)
+    )
 
 
 class NativeBlock:
@@ -89,19 +92,17 @@ class NativeBlock:
         self.targets = params
         self._loops, self._grads, self._adaptive, self._eta = loops, grads, adaptive, eta
         self._sizes = array("q", [param.numel() for param in params])
-        self._places = self._found()
-        self._pointers = array("Q", [place[0] for place in self._places])
+        self._shapes = [param.shape for param in params]
+        self._strides = [param.stride() for param in params]
+        self._pointers = array("Q", [param.data_ptr() for param in params])
+        self._gradients = array("Q", [grad.data_ptr() for grad in grads])
         self._saved: Tensor | None = None
         self._away = array("i", [0])
-
-    def _found(self) -> list[Place]:
-        return [(target.data_ptr(), target.shape, target.stride(), target.dtype) for target in self.targets]
 
     def _tensors(self) -> tuple[int, int, int]:
         return len(self._sizes), _address(self._sizes), _address(self._pointers)
 
     def _scaled(self) -> tuple[int, int, float, int]:
-        self._gradients = array("Q", [grad.data_ptr() for grad in self._grads])
         return _address(self._gradients), self._adaptive, self._eta, torch.get_num_threads()
 
     def overlap(self) -> bool:
@@ -135,14 +136,23 @@ class NativeBlock:
         """Make the targets what they were again, and return those whose shape had to be put back first."""
         if self._saved is None or not self._away[0]:
             return []
-        if self._found() == self._places:
+        rows = zip(self.targets, self._pointers, self._shapes, self._strides, strict=True)
+        if all(
+            [
+                target.data_ptr() == pointer
+                and target.shape == shape
+                and target.stride() == stride
+                and target.dtype == torch.float32
+                for target, pointer, shape, stride in rows
+            ]
+        ):
             self._loops.put_back(*self._tensors(), torch.get_num_threads(), self._saved.data_ptr())
             increment_version(self.targets)
             return []
         # some are in other memory now, or have another shape or dtype
         parts = torch.split(self._saved, list(self._sizes))
-        rows = zip(self.targets, parts, self._places, strict=True)
-        return put_back(self.targets, [part.as_strided(shape, stride) for _, part, (_, shape, stride, _) in rows])
+        places = zip(parts, self._shapes, self._strides, strict=True)
+        return put_back(self.targets, [part.as_strided(shape, stride) for part, shape, stride in places])
 
 
 def _address(numbers: "array[int]") -> int:

@@ -89,14 +89,14 @@ class Passes:
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients of these parameters alone."""
         losses: list[Tensor] = []
-        grads: list[Tensor | None] = [None] * len(params)
+        grads: list[Tensor | None] = []
         for closure in closures:
             loss = loss_of(closure)
             if params:
                 new = torch.autograd.grad(loss, params, allow_unused=True)
                 # not in place: autograd may hand out one buffer for two parameters
-                grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)]
-                missing = sum(grad is None for grad in new)
+                grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)] if grads else list(new)
+                missing = sum([grad is None for grad in new])
                 if missing > self._missing:  # to look at the graph takes long: once
                     check_reaches_parameters(loss)
                     self._missing = missing
@@ -107,15 +107,17 @@ class Passes:
         self, params: Mapping[str, nn.Parameter], grads: list[Tensor | None], *, averaged: bool
     ) -> tuple[list[str], list[Tensor], list[Tensor]]:
         """Names, parameters and gradients of the parameters that have a gradient, on any process if averaged."""
-        for name, grad in zip(params, grads, strict=True):
-            if grad is not None and grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"{self._caller} does not take sparse gradients, and {name!r} has one: build the layer with "
-                    "sparse=False, or leave it out with params=..."
-                )
+        layouts = [torch.strided if grad is None else grad.layout for grad in grads]
+        if layouts.count(torch.strided) < len(layouts):
+            name = next(name for name, layout in zip(params, layouts, strict=True) if layout != torch.strided)
+            raise RuntimeError(
+                f"{self._caller} does not take sparse gradients, and {name!r} has one: build the layer with "
+                "sparse=False, or leave it out with params=..."
+            )
         if averaged and not self._sharded:
             self._replicas.average_(list(params.values()), grads)
-        found = [(name, params[name], grad) for name, grad in zip(params, grads, strict=True) if grad is not None]
+        rows = zip(params.items(), grads, strict=True)
+        found = [(name, param, grad) for (name, param), grad in rows if grad is not None]
         if not found:
             raise RuntimeError(
                 "no perturbed parameter has a gradient: the loss must depend on a parameter of the model that "
