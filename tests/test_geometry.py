@@ -192,13 +192,19 @@ def test_norms_of_tiny_and_huge_weights():
             torch.testing.assert_close(scales, torch.full((3, 4), length * factor), rtol=1e-6, atol=0)
 
 
+def exact_norm(tensor):
+    return math.sqrt(sum(chunk.double().square().sum().item() for chunk in tensor.split(100)))
+
+
 def test_norm_of_a_large_float32_tensor():
     generator = torch.Generator().manual_seed(0)
     params = {"weight": torch.full((5000, 8000), 0.5)}
     grads = {"weight": torch.rand((5000, 8000), generator=generator)}
-    e = Geometry("none").maximizer(params, grads, RHO)["weight"]
-    size = math.sqrt(sum(chunk.double().square().sum().item() for chunk in e.split(100)))
-    assert size == pytest.approx(RHO, rel=1e-5)
+    e = Geometry("none").maximizer(params, grads, RHO)
+    assert exact_norm(e["weight"]) == pytest.approx(RHO, rel=1e-5)
+    assert Geometry("none").norm(params, e) == pytest.approx(RHO, rel=1e-5)
+    nearer = Geometry("none").project(params, e, RHO / 2)["weight"]
+    assert exact_norm(nearer) == pytest.approx(RHO / 2, rel=1e-5)
 
 
 def test_perturbation_where_the_scale_is_zero():

@@ -138,13 +138,11 @@ class NativeBlock:
             return []
         rows = zip(self.targets, self._pointers, self._shapes, self._strides, strict=True)
         if all(
-            [
-                target.data_ptr() == pointer
-                and target.shape == shape
-                and target.stride() == stride
-                and target.dtype == torch.float32
-                for target, pointer, shape, stride in rows
-            ]
+            target.data_ptr() == pointer
+            and target.shape == shape
+            and target.stride() == stride
+            and target.dtype == torch.float32
+            for target, pointer, shape, stride in rows
         ):
             self._loops.put_back(*self._tensors(), torch.get_num_threads(), self._saved.data_ptr())
             increment_version(self.targets)

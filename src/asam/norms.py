@@ -8,6 +8,8 @@ from torch import Tensor
 
 from .kernels import nonzero, wide
 
+BLOCK = 2**20  # elements of which torch's norm in float32 is right to six digits
+
 
 @dataclass(frozen=True)
 class DualNorm:
@@ -33,6 +35,14 @@ def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
         norm = torch.linalg.vector_norm(norms * (largests / largest), q)
     # at least 1, unless the gradient is zero (or denormal), and then e must be 0 instead of 0 / 0
     return DualNorm(largest, norm.clamp(min=0.5))
+
+
+def vector_norm(vector: Tensor, p: float = 2) -> Tensor:
+    """The p-norm of a vector. On the CPU torch's own of 40 million numbers in float32 is off by 0.3 %."""
+    if len(vector) > BLOCK:
+        vector = torch.stack([torch.linalg.vector_norm(part, p) for part in torch.split(vector, BLOCK)])
+    norm: Tensor = torch.linalg.vector_norm(vector, p)
+    return norm
 
 
 def norms(param: Tensor, *, keep_first: bool) -> Tensor:

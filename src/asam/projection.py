@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from .norms import vector_norm
+
 
 def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
     """The nearest point to u with ``||.||_p <= rho``.
@@ -14,7 +16,7 @@ def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
     """
     if p == math.inf:
         return u.clamp(-rho, rho)
-    norm = torch.linalg.vector_norm(u, p)
+    norm = vector_norm(u, p)
     if p == 2:
         return u * (rho / norm.clamp(min=rho)) if rho > 0 else torch.zeros_like(u)
     if norm <= rho:
@@ -35,11 +37,11 @@ def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
         return low
 
     low, high = 0.0, 1.0
-    while torch.linalg.vector_norm(shrunk(high), p) > rho:
+    while vector_norm(shrunk(high), p) > rho:
         low, high = high, high * 4
     for _ in range(60):
         middle = (low + high) / 2
-        if torch.linalg.vector_norm(shrunk(middle), p) > rho:
+        if vector_norm(shrunk(middle), p) > rho:
             low = middle
         else:
             high = middle

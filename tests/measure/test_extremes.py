@@ -110,6 +110,15 @@ def test_a_quadratic_of_tiny_numbers():
     assert result.value == pytest.approx(exact, rel=1e-5)
 
 
+def test_millions_of_float32_weights():
+    # torch's norm of so many is off by 2e-4
+    model = nn.Linear(8_000_000, 1, bias=False)
+    direction = torch.rand(8_000_000, generator=torch.Generator().manual_seed(0))
+    objective = Objective(model, lambda model, batch: model.weight[0] @ direction, ONE)
+    result = worst_case_sharpness(objective, 0.3, geometry=Geometry("none"), steps=2)
+    assert result.perturbation["weight"].double().norm().item() == pytest.approx(0.3, rel=1e-5)
+
+
 class Scalar(nn.Module):
     """``function(w)`` at w = 1, of one weight."""
 

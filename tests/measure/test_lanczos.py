@@ -54,6 +54,23 @@ def test_of_a_network(k, geometry):
     torch.testing.assert_close(found.values, scipy.sort(descending=True).values, rtol=1e-6, atol=0)
 
 
+class RankOne:
+    """The matrix ``c c'`` of a vector c."""
+
+    def __init__(self, c):
+        self.c, self.shape, self.dtype, self.device = c, (len(c), len(c)), c.dtype, c.device
+
+    def matvec(self, vector):
+        return self.c * (self.c.double() @ vector.double()).float()
+
+
+def test_millions_of_rows_in_float32():
+    # torch's norm of so many is off by 2e-4, and an eigenvalue by twice that
+    c = torch.rand(8_000_000, generator=torch.Generator().manual_seed(0))
+    found = top_eigenvalues(RankOne(c), 1, max_matvecs=4)
+    assert found.values.item() == pytest.approx(c.double().square().sum().item(), rel=2e-5)
+
+
 def test_residuals_before_convergence_are_true():
     matrix = with_spectrum(DECAYING)
     found = top_eigenvalues(Matrix(matrix), 3, tol=1e-12, max_matvecs=8)

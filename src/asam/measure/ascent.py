@@ -15,8 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..norms import vector_norm
 from ..projection import nearest_in_ball
-from .quadratic import Path, Point, largest_magnitude
+from .quadratic import Maximum, Path, Point
+from .vectors import largest_magnitude, norm, plus
 
 MOMENTUM = 0.75
 SUCCESS = 0.75
@@ -36,21 +38,27 @@ class Ascent:
     history: tuple[float, ...]
 
 
-def steepest(gradient: Tensor, p: float, largest: float) -> Tensor:
-    """The vector of p-norm 1 along which a linear function rises most; 0 for a zero gradient.
-
-    Scaled by the ``largest`` magnitude first: squares of small numbers underflow.
-    """
+def steepest(gradient: Tensor, p: float) -> Tensor:
+    """The vector of p-norm 1 along which a linear function rises most; 0 for a zero gradient."""
     if p == math.inf:
         return gradient.sign()
+    largest = largest_magnitude(gradient)
     if not largest > 0:
         return torch.zeros_like(gradient)
-    g = gradient / largest
-    if p == 2:
-        return g.div_(torch.linalg.vector_norm(g))
+    g = gradient / largest  # powers of small numbers underflow
     q = p / (p - 1)
-    direction: Tensor = g.sign() * (g.abs() / torch.linalg.vector_norm(g, q)) ** (q - 1)
+    direction: Tensor = g.sign() * (g.abs() / vector_norm(g, q)) ** (q - 1)
     return direction
+
+
+def climbed(u: Tensor, point: Point | Maximum, p: float, length: float) -> Tensor:
+    """Go so far from u along the gradient of a point, or along its signs in a box.
+
+    The projection is Euclidean: in a ball of another p the steepest direction would lead past the maximum.
+    """
+    if p == math.inf:
+        return point.gradient.sign().mul_(length).add_(u)
+    return plus(u, point.gradient, point.norm, length)
 
 
 def project_(u: Tensor, p: float, rho: float) -> Tensor:
@@ -58,16 +66,15 @@ def project_(u: Tensor, p: float, rho: float) -> Tensor:
     if p == math.inf:
         return u.clamp_(-rho, rho)
     if p == 2:
-        norm = float(torch.linalg.vector_norm(u))
-        return u.mul_(rho / norm) if norm > rho else u
+        size = norm(u)
+        return u.mul_(rho / size) if size > rho else u
     return nearest_in_ball(u, p, rho)
 
 
 def random_on_sphere(movable: Tensor, p: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """A random vector of p-norm 1, which is 0 where ``movable`` is False."""
     z = torch.randn(movable.shape, generator=generator, dtype=torch.float32).to(movable.device, dtype).where(movable, 0)
-    norm: Tensor = torch.linalg.vector_norm(z, p)
-    return z / norm.clamp(min=1e-30)
+    return z / vector_norm(z, p).clamp(min=1e-30)
 
 
 def ascend(
@@ -86,8 +93,6 @@ def ascend(
     ``evaluate(u, gradient)`` gives the point at u; the last one is asked for without its gradient. What ``movable``, a
     boolean vector, holds fixed stays 0.
     """
-    # the projection is Euclidean: another p-norm's steepest direction would lead past the maximum, but for the box
-    metric = p if p == math.inf else 2
     here = best = origin
     previous = origin.u
     path = Path(origin, WINDOW) if p == 2 else None
@@ -105,27 +110,23 @@ def ascend(
         guess = path.maximum(rho) if path else None
         if mirrored:
             u = -best.u
-        elif step == 1 and (random_start or not origin.largest > 0):
+        elif step == 1 and (random_start or not origin.norm > 0):
             u = random()
         elif step == 1:
             # a little noise: the gradient may miss the direction of the largest curvature altogether
-            u = project_(
-                steepest(origin.gradient, metric, origin.largest).mul_(length).add_(random(), alpha=NOISE), p, rho
-            )
-        elif guess is not None and (largest := largest_magnitude(guess.gradient)) > 0:
-            u = guess.u
-            if step < steps:
-                u.add_(steepest(guess.gradient, p, largest), alpha=min(length, guess.reach))
+            u = project_(climbed(random().mul_(NOISE), origin, p, length), p, rho)
+        elif guess is not None and guess.norm > 0:
+            u = guess.u if step == steps else climbed(guess.u, guess, p, min(length, guess.reach))
             u = project_(u, p, rho)
         else:
-            target = project_(steepest(here.gradient, metric, here.largest).mul_(length).add_(here.u), p, rho)
+            target = project_(climbed(here.u, here, p, length) if here.norm > 0 else here.u.clone(), p, rho)
             momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
             u = project_(momentum, p, rho)
         point = evaluate(u, step < steps)
         if point.value == math.inf:  # no worse point is to be found
             return Ascent(u, math.inf, (*history, *[math.inf] * (steps - step + 1)))
         numbers += not math.isnan(point.value)
-        if math.isnan(point.value) or (step < steps and not math.isfinite(point.largest)):
+        if math.isnan(point.value) or (step < steps and not math.isfinite(point.norm)):
             point = best
         improved += point.value > here.value
         if path and step < steps:

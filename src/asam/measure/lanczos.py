@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_number
+from ..norms import vector_norm
 from .draws import generator_of
 
 
@@ -203,14 +204,14 @@ def _lanczos(operator: Operator, *seed: int) -> Iterator[tuple[Tensor, float, fl
             start = torch.randn(size, generator=generator_of(*seed, index), dtype=torch.float32).to(
                 operator.device, operator.dtype
             )
-            vector = _orthogonal(start / start.norm(), basis)
-            vector = vector / vector.norm()
+            vector = _orthogonal(start / vector_norm(start), basis)
+            vector = vector / vector_norm(vector)
             index += 1
         basis.append(vector)
         product = operator.matvec(vector)
         alpha = float(torch.dot(product, vector))
         rest = _orthogonal(product, basis)
-        beta = float(rest.norm())
+        beta = float(vector_norm(rest))
         if not math.isfinite(alpha + beta):
             raise ValueError("a product of the operator is not finite: it has no eigenvalues")
         scale = max(scale, abs(alpha), beta)

@@ -7,6 +7,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .vectors import norm
+
 BLOCK = 2**16  # elements of a row: nine rows of them stay in a core's cache
 NEWTON = 40  # steps at most; about five are taken
 
@@ -20,17 +22,21 @@ class Point:
     gradient: Tensor
 
     @cached_property
-    def largest(self) -> float:
-        """The largest magnitude in the gradient; nan if there is a nan."""
-        return largest_magnitude(self.gradient)
+    def norm(self) -> float:
+        """The 2-norm of the gradient; nan if there is a nan."""
+        return norm(self.gradient)
 
 
 @dataclass(frozen=True)
 class Maximum:
-    """The maximizer, the gradient there, and how far along it the quadratic may rise (inf from the sphere)."""
+    """The maximizer, the gradient there and its 2-norm, and how far along it the quadratic may rise.
+
+    From the sphere that is inf.
+    """
 
     u: Tensor
     gradient: Tensor
+    norm: float
     reach: float
 
 
@@ -97,10 +103,11 @@ class Path:
         coordinates = _trust_region(curvatures, (slopes @ basis).tolist(), rho)
         weights = (basis @ basis.new_tensor(coordinates)).to(self._rows)
         gradient_there = torch.addmv(self._origin.gradient, self._changes[:known].T, weights)
+        size = norm(gradient_there)
         reach, steepest = math.inf, max(map(abs, curvatures))
         if steepest > 0 and math.hypot(*coordinates) < rho * (1 - 1e-6):
-            reach = float(gradient_there.norm()) / steepest
-        return Maximum(self._offsets[:known].T @ weights, gradient_there, reach)
+            reach = size / steepest
+        return Maximum(self._offsets[:known].T @ weights, gradient_there, size, reach)
 
     def _products(self, newest: Point, known: int) -> tuple[Tensor, Tensor, Tensor]:
         """S S', Y S' and S g, with the newest point written into the first rows of S and Y.
@@ -114,12 +121,6 @@ class Path:
             torch.sub(newest.gradient[start : start + BLOCK], rows[0], out=rows[2])
             products += rows @ rows[1::2].T
         return products[1::2], products[2::2], products[0]
-
-
-def largest_magnitude(vector: Tensor) -> float:
-    """The largest magnitude; nan if there is a nan."""
-    low, high = torch.stack(torch.aminmax(vector)).tolist()
-    return max(-low, high) if low == low else math.nan
 
 
 def _trust_region(values: list[float], g: list[float], rho: float) -> list[float]:

@@ -21,7 +21,8 @@ from .draws import generator_of
 from .evaluation import Evaluation
 from .means import check_finite, mean, stderr
 from .objective import Objective
-from .quadratic import Point, largest_magnitude
+from .quadratic import Point
+from .vectors import largest_magnitude
 
 METHODS = ("auto_pgd", "one_step")
 
@@ -231,7 +232,7 @@ class _Climb:
 
     def one_step(self, rho: float) -> Ascent:
         """The rise at the maximizer of the linearized loss, or none where the loss falls there."""
-        point = self.evaluate(rho * steepest(self.origin.gradient, self.ball.p, self.origin.largest), False)
+        point = self.evaluate(rho * steepest(self.origin.gradient, self.ball.p), False)
         if point.value <= self.base:
             point = self.origin
         return Ascent(point.u, point.value - self.base, (0.0, point.value - self.base))

@@ -1,0 +1,33 @@
+"""Arithmetic of long vectors."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..norms import vector_norm
+
+# Norms in units of which squares of float32 numbers are neither 0 nor inf.
+SAFE = (1e-12, 1e12)
+
+
+def norm(vector: Tensor) -> float:
+    """The 2-norm, also where squares would underflow or overflow; nan if there is a nan."""
+    size = float(vector_norm(vector))
+    if SAFE[0] < size < SAFE[1]:
+        return size
+    largest = largest_magnitude(vector)
+    return largest * float(vector_norm(vector / largest)) if 0 < largest < math.inf else largest
+
+
+def plus(u: Tensor, vector: Tensor, size: float, length: float) -> Tensor:
+    """Go so far from u along a vector, whose 2-norm is ``size``."""
+    if SAFE[0] < size < SAFE[1]:
+        return torch.add(u, vector, alpha=length / size)
+    return (vector / size).mul_(length).add_(u)
+
+
+def largest_magnitude(vector: Tensor) -> float:
+    """The largest magnitude; nan if there is a nan."""
+    low, high = torch.stack(torch.aminmax(vector)).tolist()
+    return max(-low, high) if low == low else math.nan
