@@ -190,6 +190,17 @@ def test_norms_of_tiny_and_huge_weights():
         for normalization, length in (("layerwise", math.sqrt(12)), ("filterwise", 2.0)):
             scales = Geometry(normalization, eta=0.0).scales(w)["a.weight"]
             torch.testing.assert_close(scales, torch.full((3, 4), length * factor), rtol=1e-6, atol=0)
+    rows = torch.tensor([[1e-30], [1e30]]).expand(2, 4)
+    scales = Geometry("filterwise", eta=0.0).scales({"a.weight": rows})["a.weight"]
+    torch.testing.assert_close(scales, 2 * rows, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise", "layerwise", "none"])
+@pytest.mark.parametrize("shape", [(3, 4), (3, 0), (0, 4)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_scales_are_like_their_parameters(dtype, shape, normalization):
+    scale = Geometry(normalization).scales({"a.weight": torch.ones(shape, dtype=dtype)})["a.weight"]
+    assert (scale.shape, scale.dtype) == (shape, dtype)
 
 
 def exact_norm(tensor):

@@ -5,7 +5,7 @@ import torch
 from slow_reference import assert_near, assert_same, gradients, maximizer, weights
 from torch import nn
 
-from asam import ASAM
+from asam import ASAM, Momentum
 
 RHO = 0.3
 LARGE = 20_000  # elements; a tensor of more than a sixteenth of 2**18 lies beside no others
@@ -73,3 +73,19 @@ def test_a_step_is_that_of_small_blocks(order, monkeypatch):
     large = step()
     monkeypatch.setattr("asam.blocks.CPU_BLOCK", 1000)
     assert_near(step(), large, rtol=1e-10)
+
+
+@pytest.mark.parametrize("normalization", ["elementwise", "none"])
+def test_against_a_momentum(normalization):
+    model, there = convolution(), []
+    before, momentum = weights(model), torch.randn(50, 50, 3, 3, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state[model[0].weight]["momentum_buffer"] = momentum
+
+    def closure():
+        there.append(weights(model))
+        return model[0].weight.sum()
+
+    ASAM(model, rho=RHO, normalization=normalization, direction=Momentum(optimizer)).backward(closure)
+    e = maximizer(before, {"0.weight": momentum}, RHO, normalization=normalization)
+    assert_near(there[0], {"0.weight": before["0.weight"] - e["0.weight"]})

@@ -9,6 +9,7 @@ from torch import nn
 
 from asam import ASAM, SAM, SharpnessAwareOptimizer
 from asam.blocks import Block
+from asam.perturbation import modules_of
 
 ERRORS = [ValueError("boom"), KeyboardInterrupt("boom"), torch.OutOfMemoryError("boom")]
 
@@ -200,3 +201,13 @@ def test_perturbed_is_backward_in_two_parts():
                 closure().backward()
         results.append(gradients(model))
     assert_same(by_hand[0], at_once[0])
+
+
+def test_modules_are_those_of_the_model():
+    shared = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model = nn.ModuleDict({"one": shared, "two": nn.Sequential(shared, shared[0])})
+    model.register_module("absent", None)
+    shared.register_module("parent", model)
+    found = modules_of(model)
+    assert len(found) == 5
+    assert set(map(id, found)) == set(map(id, model.modules()))
