@@ -69,6 +69,22 @@ def test_foreign_folder_is_not_touched(asam, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_an_interrupt_does_not_wait_for_long_runs(tmp_path):
+    out = tmp_path / "out"
+    process = program("--seeds", "1", "--epochs", "100000", "--workers", "2", "--out", out)
+    deadline = time.monotonic() + 90
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 3:  # the workers, and what tracks their resources
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "asam: interrupted; the same command goes on from here"
+    assert "Traceback" not in said
+
+
 def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, tmp_path):
     out = tmp_path / "out"
 

@@ -20,7 +20,7 @@ from .. import __version__
 from . import InputError
 from .environment import environment
 from .files import claim_folder, read_json, write
-from .processes import end_with_parent
+from .processes import end, end_with_parent
 from .run import Run
 from .statistics import mean_sd, paired_difference
 from .training import train
@@ -117,6 +117,9 @@ def execute(comparison: Comparison, folder: Path, workers: int, done: Callable[[
             done(cost(missing[name]))
     except BrokenProcessPool:
         raise InputError("a worker process was killed (out of memory?): the same command goes on") from None
+    except BaseException:
+        end(multiprocessing.active_children())  # a run that they are at may take hours
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
     return outcomes
