@@ -8,6 +8,7 @@ from slow_reference import assert_near, scale
 from test_geometry import RHO, mappings
 
 from asam import Geometry
+from asam.norms import safe_norm
 from asam.projection import nearest_in_ball
 
 optimize = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
@@ -137,4 +138,24 @@ def test_a_ball_of_size_one(p):
 @pytest.mark.parametrize("p", [1.5, 3])
 def test_a_point_on_the_sphere_is_its_own(p):
     u = torch.tensor([0.3, -0.7, 0.1], dtype=torch.float64)
-    assert torch.equal(nearest_in_ball(u, p, torch.linalg.vector_norm(u, p).item()), u)
+    assert torch.equal(nearest_in_ball(u, p, safe_norm(u, p).item()), u)
+
+
+@pytest.mark.parametrize("p", [1.01, 20, 50, 1000])
+@pytest.mark.parametrize("rho", [1e-20, 1e-4, 0.5, 1e20])
+def test_any_p_in_a_ball_of_any_size(rho, p):
+    # powers of such numbers underflow or overflow, in float64 too
+    generator = torch.Generator().manual_seed(0)
+    u = {"weight": rho * torch.rand(100, generator=generator)}
+    ball = Geometry("none", p=p)
+    shares = u["weight"].double() / u["weight"].max()
+    size = u["weight"].max().double() * (shares**p).sum() ** (1 / p)
+    assert ball.norm(u, u).item() == pytest.approx(size.item(), rel=1e-5)
+
+    nearer = ball.project(u, u, rho / 10)
+
+    assert ball.norm(u, nearer).item() == pytest.approx(rho / 10, rel=1e-5)
+    rest = u["weight"].double() - nearer["weight"].double()
+    assert (rest > -1e-6 * rho).all()
+    if p == 1000:  # nearly a box
+        torch.testing.assert_close(nearer["weight"], u["weight"].clamp(max=rho / 10), rtol=0.02, atol=0)

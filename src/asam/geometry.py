@@ -22,7 +22,7 @@ from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, packed
 from .checks import check_choice, check_number, check_rho
 from .kernels import factors
 from .native import NativeBlock
-from .norms import DualNorm, norms, together, vector_norm
+from .norms import DualNorm, norms, safe_norm, together
 from .projection import nearest_in_ball
 from .sharding import groups, is_sharded, local, over_shards, shard
 
@@ -112,7 +112,7 @@ class Geometry:
             tensor(0.5000)
         """
         with torch.no_grad():
-            return vector_norm(_flat(self._normalized(params, perturbations)), self.p)
+            return safe_norm(_flat(self._normalized(params, perturbations)), self.p)
 
     def maximizer(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], rho: float) -> dict[str, Tensor]:
         """The perturbation e in the ball that maximizes <g, e>, one tensor per parameter.

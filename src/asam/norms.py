@@ -45,6 +45,14 @@ def vector_norm(vector: Tensor, p: float = 2) -> Tensor:
     return norm
 
 
+def safe_norm(vector: Tensor, p: float) -> Tensor:
+    """The p-norm of any vector: powers of its elements may be out of the range of floating point."""
+    if vector.numel() == 0:
+        return vector.sum()
+    largest = nonzero(vector.abs().amax())
+    return torch.where(largest.isfinite(), largest * vector_norm(vector / largest, p), largest)
+
+
 def norms(param: Tensor, *, keep_first: bool) -> Tensor:
     """2-norm over all dimensions, or all but the first: keeps them as 1. Scaled, since squares underflow."""
     dims = list(range(1 if keep_first else 0, param.ndim))

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .norms import vector_norm
+from .norms import safe_norm
 
 
 def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
@@ -16,7 +16,7 @@ def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
     """
     if p == math.inf:
         return u.clamp(-rho, rho)
-    norm = vector_norm(u, p)
+    norm = safe_norm(u, p)
     if p == 2:
         return u * (rho / norm.clamp(min=rho)) if rho > 0 else torch.zeros_like(u)
     if norm <= rho:
@@ -25,7 +25,7 @@ def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
         return torch.zeros_like(u)
     if not math.isfinite(norm):  # no bisection would end
         return torch.full_like(u, math.nan)
-    target = u.abs().double()
+    target = u.abs().double() / rho  # powers of numbers around 1, in a ball of size 1
 
     def shrunk(multiplier: float) -> Tensor:
         low, high = torch.zeros_like(target), target.clone()
@@ -37,12 +37,12 @@ def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
         return low
 
     low, high = 0.0, 1.0
-    while vector_norm(shrunk(high), p) > rho:
+    while safe_norm(shrunk(high), p) > 1:
         low, high = high, high * 4
     for _ in range(60):
         middle = (low + high) / 2
-        if vector_norm(shrunk(middle), p) > rho:
+        if safe_norm(shrunk(middle), p) > 1:
             low = middle
         else:
             high = middle
-    return (shrunk(high) * u.sign()).to(u.dtype)
+    return (rho * shrunk(high) * u.sign()).to(u.dtype)

@@ -203,6 +203,11 @@ def test_settings_count_equally():
     assert found.psi["width"] == 0  # at lr 1 and at lr 2 the measure is tied
 
 
+def test_nan_as_a_setting_is_equal_to_itself():
+    # the first two are replicates
+    assert granulated_kendall([2, 1, 3], [1, 2, 3], {"clip": [math.nan, float("nan"), 1.0]}).psi == {"clip": 1.0}
+
+
 def test_a_hyperparameter_that_never_varies_alone():
     hyperparameters = {"lr": [1, 2, 3, 3], "width": [8, 16, 32, 32], "seed": [0, 0, 0, 1]}
     found = granulated_kendall([1, 2, 3, 4], [1, 2, 3, 4], hyperparameters)

@@ -110,6 +110,31 @@ def test_a_quadratic_of_tiny_numbers():
     assert result.value == pytest.approx(exact, rel=1e-5)
 
 
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize("seed", range(5))
+def test_one_way_up_from_a_critical_point(seed, steps):
+    # along it the loss rises, along 99 others it falls: hardly a random point is above
+    model = nn.Linear(100, 1, bias=False).double()
+    curvatures = torch.cat([torch.tensor([0.1]), -torch.linspace(0.01, 1, 99)]).double()
+    generator = torch.Generator().manual_seed(seed)
+    axes = torch.linalg.qr(torch.randn(100, 100, generator=generator, dtype=torch.float64)).Q
+    nn.init.zeros_(model.weight)
+    objective = Objective(model, lambda m, batch: curvatures @ (axes @ m.weight[0]).square() / 2, ONE)
+    result = worst_case_sharpness(objective, 1.0, geometry=Geometry("none"), steps=steps, seed=seed)
+    assert result.value == pytest.approx(0.05, rel=0.01)
+
+
+@pytest.mark.parametrize("p", [1.2, 3, 20])
+def test_the_ascent_begins_with_the_one_step(p):
+    model = nn.Linear(30, 1)
+    inputs = torch.randn(8, 30, generator=torch.Generator().manual_seed(0))
+    objective = Objective(model, lambda m, batch: m(batch).square().mean(), [inputs])
+    one, many = (
+        worst_case_sharpness(objective, 0.01, geometry=Geometry("none", p=p), method=method) for method in METHODS
+    )
+    assert many.value > 0.999 * one.value > 0
+
+
 def test_millions_of_float32_weights():
     # torch's norm of so many is off by 2e-4
     model = nn.Linear(8_000_000, 1, bias=False)

@@ -80,6 +80,41 @@ def test_ends_are_the_two_models_to_the_bit():
         assert_same(seen[end], {name: value for name, value in state(model).items() if name in seen[end]})
 
 
+class Masked(nn.Module):
+    """Attention with masks of every kind, as buffers and as a parameter that is not trained."""
+
+    def __init__(self, seed, allowed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(4, 4)
+        causal = torch.triu(torch.full((4, 4), -math.inf), 1)
+        self.register_buffer("causal", causal)
+        self.fixed = nn.Parameter(causal.clone(), requires_grad=False)
+        self.register_buffer("allowed", torch.tensor(allowed))
+        self.fails_at = math.inf
+
+    def forward(self, x):
+        self.fails_at -= 1
+        if self.fails_at < 0:
+            raise RuntimeError("no more")
+        scores = self.layer(x)[:, None] + self.causal + self.fixed
+        return (torch.softmax(scores, -1) * self.allowed).sum(-1)
+
+
+def test_masks_on_the_way():
+    model, other = Masked(0, [True, True, False, True]), Masked(1, [True, False, True, True])
+    data = [torch.randn(6, 4, generator=torch.Generator().manual_seed(0))]
+    objective, there = (Objective(m, lambda m, x: m(x).square().mean(), data) for m in (model, other))
+    line = interpolate(objective, other, points=4).values["loss"]
+    assert line.isfinite().all()
+    assert (line[0], line[-1]) == (objective.loss(), there.loss())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.fails_at = 2
+    with pytest.raises(RuntimeError, match="no more"):
+        interpolate(objective, other, points=4)
+    assert_same(model.state_dict(), before)
+
+
 def test_between_is_the_way_to_the_other_model():
     one, other = mlp(), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
     direction = between(objective_of(one), other)
@@ -198,6 +233,14 @@ def test_refuses_names_that_a_file_cannot_hold(landscape, name, tmp_path):
     with pytest.raises(ValueError, match=f"a mean may not be called '{name}'"):
         landscape.save(tmp_path / "landscape.npz")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"words", b"PK\x03\x04", b"\x93NUMPY"])
+def test_refuses_to_load_what_is_no_archive(content, tmp_path):
+    path = tmp_path / "landscape.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"landscape\.npz is not an npz file"):
+        LossLine.load(path)
 
 
 @pytest.mark.parametrize(("landscape", "other", "axis"), [(LINE, LossPlane, "x"), (PLANE, LossLine, "positions")])

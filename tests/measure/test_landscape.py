@@ -48,6 +48,13 @@ def test_random_direction_of_a_filter_of_zeros_is_zero():
     assert direction[0].any()
 
 
+def test_random_direction_of_a_bias_of_several_dimensions():
+    model = nn.Module()
+    model.register_parameter("bias", nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]])))
+    objective = Objective(model, lambda model, batch: (model.bias * batch).mean(), [torch.ones(1, 1)])
+    assert random_direction(objective)["bias"].norm(dim=1).tolist() == pytest.approx([5, 1])
+
+
 def test_random_directions_are_the_same_in_every_precision():
     inputs, targets = examples(torch.float32)
     single = random_direction(Objective(mlp(dtype=torch.float32), cross_entropy, [(inputs, targets)]))

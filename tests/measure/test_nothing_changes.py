@@ -3,7 +3,9 @@
 import copy
 import dataclasses
 import math
+import operator
 import random
+import sys
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from asam.measure import (
     trace,
     worst_case_sharpness,
 )
+from asam.measure.evaluation import Evaluation
 
 GEOMETRY = Geometry(eta=0.0)
 BOX = Geometry(p=math.inf)
@@ -263,3 +266,62 @@ def test_inside(measurement, batchnorm):
         assert settings["matmul"] == "highest"
         assert not settings["fast path"]
     assert all(mode == ([nn.BatchNorm1d] if batchnorm == "train" else []) for mode in modes)
+
+
+PRECISIONS = [
+    ("", "tf32"),
+    ("mkldnn", "bf16"),
+    ("mkldnn.matmul", "bf16"),
+    ("mkldnn.conv", "tf32"),
+    ("cuda.matmul", "tf32"),
+    ("cudnn.rnn", "ieee"),
+]
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no such settings")
+@pytest.mark.parametrize(("place", "precision"), PRECISIONS)
+def test_precision_of_single_operations(place, precision):
+    def all_precisions():
+        return {name: operator.attrgetter(name)(torch.backends).fp32_precision for name in names}
+
+    names = ["cuda.matmul", "cudnn.conv", "cudnn.rnn", "mkldnn", "mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"]
+    seen = []
+
+    def watched(model, batch):
+        seen.append(all_precisions())
+        return cross_entropy(model, batch)
+
+    where = operator.attrgetter(place)(torch.backends) if place else torch.backends
+    before, of_all = where.fp32_precision, all_precisions()
+    try:
+        where.fp32_precision = precision
+        set_so = all_precisions()
+        make(make_model(), watched).loss()
+        assert all_precisions() == set_so
+    finally:
+        where.fp32_precision = before
+    assert all_precisions() == of_all
+    assert {name: value for name, value in seen[-1].items() if name != "mkldnn"} == dict.fromkeys(
+        [name for name in names if name != "mkldnn"], "ieee"
+    )
+
+
+@pytest.mark.parametrize("moment", ["move", "_bring_back"])
+def test_ctrl_c_while_everything_is_brought_back(moment, monkeypatch):
+    model = make_model()
+    objective, before = make(model), State(model)
+    original, calls = getattr(Evaluation, moment), []
+
+    def interrupted(self, *arguments):
+        done = original(self, *arguments)
+        if sys._getframe(1).f_code.co_name in ("_bring_back", "_restore"):
+            calls.append(1)
+            if len(calls) == 1:
+                raise KeyboardInterrupt
+        return done
+
+    monkeypatch.setattr(Evaluation, moment, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        worst_case_sharpness(objective, 0.3, geometry=GEOMETRY, steps=2)
+    before.assert_unchanged()
+    assert len(calls) == 2

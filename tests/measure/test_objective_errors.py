@@ -7,7 +7,19 @@ import torch
 from quadratics import Net, cross_entropy, examples, net_objective
 from torch import nn
 
-from asam.measure import Objective
+from asam import Geometry
+from asam.measure import (
+    Objective,
+    average_sharpness,
+    between,
+    gibbs_certificate,
+    hessian,
+    interpolate,
+    loss_line,
+    loss_plane,
+    random_direction,
+    worst_case_sharpness,
+)
 
 
 def make(model=None, loss_fn=cross_entropy, data=None, **arguments):
@@ -133,6 +145,7 @@ OTHER = Net(seed=1)
         (lambda model, batch: (cross_entropy(model, batch), {"loss": 7.0}), "another mean called 'loss'"),
         (lambda model, batch: (cross_entropy(model, batch), {"x": batch[0]}), r"for the mean 'x', got shape \(12, 4\)"),
         (lambda model, batch: (cross_entropy(model, batch), {"x": "much"}), "for the mean 'x', got str"),
+        (lambda model, batch: (cross_entropy(model, batch), {"x": torch.tensor(1j)}), "for the mean 'x', got"),
     ],
 )
 def test_losses(loss_fn, message):
@@ -178,6 +191,40 @@ def test_perturbations(perturbation, message):
     for measure in (objective.loss, objective.means, objective.gradient, objective.flat):
         with pytest.raises(ValueError, match=message):
             measure(perturbation)
+
+
+@pytest.mark.parametrize("perturbation", ["a", 3, {"layers.0.bias": 1.0}])
+def test_what_is_no_perturbation(perturbation):
+    with pytest.raises(TypeError, match="expected a vector over the parameters or a tensor for each, got"):
+        net_objective().loss(perturbation)
+
+
+GEOMETRY = Geometry()
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda model: worst_case_sharpness(model, 0.1, geometry=GEOMETRY),
+        lambda model: average_sharpness(model, 0.1, geometry=GEOMETRY),
+        lambda model: gibbs_certificate(model, 0.1, geometry=GEOMETRY, prior={}),
+        hessian,
+        random_direction,
+        lambda model: between(model, model),
+        lambda model: interpolate(model, model),
+        lambda model: loss_line(model, {}),
+        lambda model: loss_plane(model, {}, {}),
+    ],
+)
+def test_a_model_is_no_objective(measure):
+    with pytest.raises(TypeError, match=r"objective must be an Objective\(model, loss_fn, data\), got Net"):
+        measure(Net())
+
+
+@pytest.mark.parametrize("measure", [between, interpolate])
+def test_what_is_no_other_model(measure):
+    with pytest.raises(TypeError, match="the other must be a module or its state dict, got int"):
+        measure(net_objective(), 3)
 
 
 def test_a_nan_is_neither_an_error_nor_hidden():

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..norms import vector_norm
+from ..norms import safe_norm, vector_norm
 from ..projection import nearest_in_ball
 from .quadratic import Maximum, Path, Point
 from .vectors import largest_magnitude, norm, plus
@@ -46,8 +46,7 @@ def steepest(gradient: Tensor, p: float) -> Tensor:
     if not largest > 0:
         return torch.zeros_like(gradient)
     g = gradient / largest  # powers of small numbers underflow
-    q = p / (p - 1)
-    direction: Tensor = g.sign() * (g.abs() / vector_norm(g, q)) ** (q - 1)
+    direction: Tensor = g.sign() * (g.abs() / vector_norm(g, p / (p - 1))) ** (1 / (p - 1))
     return direction
 
 
@@ -71,10 +70,15 @@ def project_(u: Tensor, p: float, rho: float) -> Tensor:
     return nearest_in_ball(u, p, rho)
 
 
+def onto_sphere_(u: Tensor, p: float, rho: float) -> Tensor:
+    """Stretched or shrunk to the p-norm ``rho``, in a box cut off; u is written over."""
+    return u.clamp_(-rho, rho) if p == math.inf else u.mul_(rho / float(safe_norm(u, p)))
+
+
 def random_on_sphere(movable: Tensor, p: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """A random vector of p-norm 1, which is 0 where ``movable`` is False."""
     z = torch.randn(movable.shape, generator=generator, dtype=torch.float32).to(movable.device, dtype).where(movable, 0)
-    return z / vector_norm(z, p).clamp(min=1e-30)
+    return z / safe_norm(z, p).clamp(min=1e-30)
 
 
 def ascend(
@@ -110,16 +114,16 @@ def ascend(
         guess = path.maximum(rho) if path else None
         if mirrored:
             u = -best.u
-        elif step == 1 and (random_start or not origin.norm > 0):
+        elif (step == 1 and random_start) or not here.norm > 0:
             u = random()
         elif step == 1:
             # a little noise: the gradient may miss the direction of the largest curvature altogether
-            u = project_(climbed(random().mul_(NOISE), origin, p, length), p, rho)
+            u = onto_sphere_(steepest(origin.gradient, p).mul_(2 * rho).add_(random(), alpha=NOISE), p, rho)
         elif guess is not None and guess.norm > 0:
             u = guess.u if step == steps else climbed(guess.u, guess, p, min(length, guess.reach))
             u = project_(u, p, rho)
         else:
-            target = project_(climbed(here.u, here, p, length) if here.norm > 0 else here.u.clone(), p, rho)
+            target = project_(climbed(here.u, here, p, length), p, rho)
             momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
             u = project_(momentum, p, rho)
         point = evaluate(u, step < steps)
@@ -141,7 +145,7 @@ def ascend(
             length = length / 2 if halved else length
             restart = restart or halved
             improved, since, best_then = 0, step, best.value
-        if restart and step < steps:
+        if restart and step < steps and best.norm > 0:  # from a critical point no way would lead on
             here, previous = best, best.u
             if path:
                 path.restart(best)

@@ -12,7 +12,7 @@ from ..checks import check_choice, check_count, check_rho
 from ..geometry import Geometry
 from .draws import draw
 from .means import check_finite, mean, stderr
-from .objective import Objective
+from .objective import Objective, check_objective
 
 NOISES = ("normal", "uniform")
 
@@ -72,6 +72,7 @@ def average_sharpness(
         >>> abs(average_sharpness(objective, 0.1, geometry=Geometry("none")).value) < 1e-7  # no curvature
         True
     """
+    check_objective(objective)
     check_rho(rho)
     check_count("samples", samples, 2)
     if samples % 2:

@@ -220,8 +220,9 @@ def _groups(name: str, hyperparameters: Mapping[str, Sequence[Any]]) -> list[tup
 
 
 def _plain(value: Any) -> Any:
-    """A number of a tensor or an array as a number of Python: tensors are equal to themselves only."""
-    return value.item() if hasattr(value, "item") else value
+    """A number of a tensor or an array as a number of Python, nan as None: those are equal to themselves only."""
+    plain = value.item() if hasattr(value, "item") else value
+    return plain if plain == plain else None
 
 
 def _signs(values: Sequence[float], name: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Evaluate a model at w + e, again and again, and leave no trace."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from numbers import Real
 from typing import Any, Self
 
@@ -28,22 +28,21 @@ class Evaluation:
     def __enter__(self) -> Self:
         model = self._model
         devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-        modes = [(module, module.training) for module in model.modules()]
+        self._modes = [(module, module.training) for module in model.modules()]
         with ExitStack() as stack:
             # it restores the grad mode too, so it must not be entered under no_grad
             stack.enter_context(torch.inference_mode(False))
             with torch.no_grad():
                 self._buffers = self._between = Buffers(model.modules())
                 self.weights = copies([param.detach() for param in self._params])
-            stack.callback(_set_modes, modes)
-            stack.callback(RandomState(devices).restore)
-            stack.callback(self._restore)
+            self._random = RandomState(devices)
             _exact_arithmetic(stack, model, {device.type for device in devices} | {"cpu"})
+            stack.callback(self._restore)
             # the attribute, not eval(): some models merge weights there
             _set_modes(
                 [
                     (module, self._batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm))
-                    for module, _ in modes
+                    for module, _ in self._modes
                 ]
             )
             self._stack = stack.pop_all()
@@ -159,7 +158,9 @@ class Evaluation:
         for name, value in others.items():
             if name == "loss":
                 raise ValueError("loss_fn must not return another mean called 'loss'")
-            if not isinstance(value, Tensor | Real) or (isinstance(value, Tensor) and value.numel() != 1):
+            if not isinstance(value, Tensor | Real) or (
+                isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex())
+            ):
                 raise ValueError(f"loss_fn must return a number for the mean {name!r}, got {_described(value)}")
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("the loss has no gradient: loss_fn must not detach it or run under torch.no_grad()")
@@ -173,9 +174,19 @@ class Evaluation:
                     view.copy_(part)
 
     def _restore(self) -> None:
+        """Bring everything back, all of it again where Ctrl-C comes meanwhile."""
+        try:
+            self._bring_back()
+        except BaseException:
+            self._bring_back()
+            raise
+
+    def _bring_back(self) -> None:
         self.move(None)
         with torch.no_grad():
             self._buffers.restore(versions=False)
+        self._random.restore()
+        _set_modes(self._modes)
 
     def _restore_buffers(self) -> None:
         self._between.restore(versions=False)
@@ -211,14 +222,41 @@ def _exact_arithmetic(stack: ExitStack, model: nn.Module, device_types: set[str]
     """Autocast, TF32 and the fused inference path of attention off, until the stack is closed."""
     for device_type in device_types - {"meta"}:
         stack.enter_context(torch.autocast(device_type, enabled=False))
-    stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-    torch.set_float32_matmul_precision("highest")
+    operations = _operations()
+    for operation in operations:
+        stack.callback(_put_precision, operation, operation.fp32_precision)
+    cudnn = torch.backends.cudnn
+    with suppress(RuntimeError):  # torch refuses these two where the user has set the precision of an operation
+        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+    with suppress(RuntimeError):
+        stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
+        cudnn.allow_tf32 = False
+    for operation in operations:
+        operation.fp32_precision = "ieee"
     stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
     torch.backends.mha.set_fastpath_enabled(False)
-    if "cuda" in device_types:
+    if "cuda" in device_types and any(isinstance(module, nn.RNNBase) for module in model.modules()):
         # cuDNN's recurrent layers have no backward pass in eval mode, and none twice
-        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-        stack.enter_context(torch.backends.cudnn.flags(enabled=not recurrent, allow_tf32=False))
+        stack.callback(setattr, cudnn, "enabled", cudnn.enabled)
+        cudnn.enabled = False
+
+
+def _operations() -> list[Any]:
+    """Where torch keeps in what precision float32 is computed, from version 2.9 on."""
+    if not hasattr(torch.backends, "fp32_precision"):
+        return []
+    cudnn: Any = torch.backends.cudnn
+    mkldnn: Any = torch.backends.mkldnn
+    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+
+
+def _put_precision(operation: Any, precision: str) -> None:
+    """Set it as it was: to nothing if it was that of all operations, so that it goes on to follow theirs."""
+    cudnn: Any = torch.backends.cudnn
+    operation.fp32_precision = "none"
+    if operation.fp32_precision != precision or operation in (cudnn.conv, cudnn.rnn):  # their default is TF32
+        operation.fp32_precision = precision
 
 
 def _accumulate(totals: list[Tensor], grads: Sequence[Tensor | None], weight: float) -> None:

@@ -21,7 +21,7 @@ from ..checks import check_count, check_number
 from ..geometry import Geometry
 from .bounds import inverse_kl
 from .draws import draw
-from .objective import Objective
+from .objective import Objective, check_objective
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ def gibbs_certificate(
         >>> certificate.kl, certificate.sample_error < certificate.value < 1  # untrained: the posterior is the prior
         (0.0, True)
     """
+    check_objective(objective)
     check_number("sigma", sigma, "a finite number > 0", lambda sigma: 0 < sigma < math.inf)
     prior_sigma = sigma if prior_sigma is None else prior_sigma
     check_number("prior_sigma", prior_sigma, "a finite number > 0", lambda sigma: 0 < sigma < math.inf)

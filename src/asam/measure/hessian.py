@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..geometry import Geometry
-from .objective import Objective
+from .objective import Objective, check_objective
 
 
 class HessianOperator:
@@ -29,6 +29,7 @@ class HessianOperator:
     """
 
     def __init__(self, objective: Objective, geometry: Geometry | None = None) -> None:
+        check_objective(objective)
         self.objective = objective
         k = objective.like.numel()
         self.shape = (k, k)

@@ -5,8 +5,10 @@ networks of different scale can be compared. Every point is computed from the we
 grid contains 0, where the loss is that of w exactly; nan and inf stay in the data.
 """
 
+import io
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from ..checks import check_count
 from ..geometry import Geometry
 from .draws import draw
-from .objective import Objective
+from .objective import Objective, check_objective
 
 Direction = Mapping[str, Tensor] | Tensor
 
@@ -86,8 +88,9 @@ def random_direction(objective: Objective, *, seed: int = 0) -> dict[str, Tensor
         >>> torch.allclose(direction["weight"].norm(), model.weight.norm()), direction["bias"].item()
         (True, 0.0)
     """
+    check_objective(objective)
     z = objective.named(draw(objective.like, seed, 0, "normal"))
-    filters = Geometry("filterwise", eta=0, bias="fixed")
+    filters = Geometry("filterwise", eta=0, bias="scaled")
     weights = {name: param.detach() for name, param in objective.params.items()}
     norms, own = filters.scales(weights), filters.scales(z)
     return {
@@ -108,6 +111,7 @@ def between(objective: Objective, other: nn.Module | Mapping[str, Tensor]) -> di
         >>> torch.allclose(model.weight + direction["weight"], other.weight)
         True
     """
+    check_objective(objective)
     state = _state(other)
     with torch.no_grad():
         return {name: _entry(state, name, param) - param for name, param in objective.params.items()}
@@ -135,6 +139,7 @@ def loss_line(
         >>> line.positions.tolist(), bool(line.values["loss"][1] == 0)  # w - w = 0
         ([0.0, 1.0, 2.0], True)
     """
+    check_objective(objective)
     positions = _grid("span", span, points)
     d = _vector(objective, direction)
     with objective.evaluation() as evaluation:
@@ -165,6 +170,7 @@ def loss_plane(
         >>> loss_plane(objective, x, y, points=3).values["loss"].shape
         torch.Size([3, 3])
     """
+    check_objective(objective)
     x, y = _grid("x_span", x_span, points), _grid("y_span", y_span, points)
     dx, dy = _vector(objective, x_direction), _vector(objective, y_direction)
     with objective.evaluation() as evaluation:
@@ -179,9 +185,9 @@ def loss_plane(
 def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *, points: int = 25) -> LossLine:
     """The loss on the straight way from the model, at 0, to another of the same architecture, at 1.
 
-    Floating-point buffers, such as the running statistics of batch norm, are interpolated too, so both ends have
-    exactly the losses of the two models. In between, the statistics of batch norm are not those of the network there:
-    with ``batchnorm="train"`` the objective takes them from its batches.
+    Floating-point buffers, such as the running statistics of batch norm, are interpolated too, and other buffers are
+    those of the model but at 1, so both ends have exactly the losses of the two models. In between, the statistics of
+    batch norm are not those of the network there: with ``batchnorm="train"`` the objective takes them from its batches.
 
     Raises:
         ValueError: the other is of another architecture, or differs in a parameter that is not measured.
@@ -193,18 +199,20 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
         >>> line.positions.tolist(), bool(line.values["loss"][0] == objective.loss())
         ([0.0, 0.5, 1.0], True)
     """
+    check_objective(objective)
     check_count("points", points, 2)
     end = _state(other)
     for name, param in objective.model.named_parameters():
         if name not in objective.params and not torch.equal(_entry(end, name, param), param):
             raise ValueError(f"the models differ in {name!r}, which is not one of the parameters that are measured")
     start = {name: value.clone() for name, value in _state(objective.model).items()}
-    end = {name: _entry(end, name, value) for name, value in start.items() if value.is_floating_point()}
+    end = {name: _entry(end, name, value) for name, value in start.items()}
+    differing = [name for name, value in start.items() if not torch.equal(value, end[name])]
     positions = torch.linspace(0, 1, points, dtype=torch.float64)
     with objective.evaluation() as evaluation:
         means = []
         for t in positions.tolist():
-            evaluation.put({name: _mixed(start[name], value, t) for name, value in end.items()})
+            evaluation.put({name: _mixed(start[name], end[name], t) for name in differing})
             means.append(evaluation.means(objective.pieces))
     return LossLine(positions, _stacked(means))
 
@@ -218,12 +226,16 @@ def _vector(objective: Objective, direction: Direction) -> Tensor:
 
 
 def _mixed(start: Tensor, end: Tensor, t: float) -> Tensor:
-    """Both ends exactly: a + (b - a) is not b in floating point."""
-    return start if t == 0 else end if t == 1 else start + t * (end - start)
+    """Both ends exactly: a + (b - a) is not b in floating point, and not a number where both are infinite."""
+    if t == 1 or not start.is_floating_point():
+        return end if t == 1 else start
+    return torch.where(start == end, start, start + t * (end - start)) if t else start
 
 
 def _state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     state = model.state_dict() if isinstance(model, nn.Module) else model
+    if not isinstance(state, Mapping):
+        raise TypeError(f"the other must be a module or its state dict, got {type(model).__name__}")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
@@ -271,8 +283,9 @@ def _load(path: str | Path, axes: tuple[str, ...]) -> tuple[list[Tensor], dict[s
     import numpy as np
 
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except ValueError as error:
+        with open(path, "rb") as file:
+            loaded = np.load(io.BytesIO(file.read()), allow_pickle=False)
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not an npz file") from error
     if not isinstance(loaded, np.lib.npyio.NpzFile):
         raise ValueError(f"{path} is not an npz file")

@@ -123,6 +123,8 @@ class Objective:
                     f"a vector over the parameters must have shape {tuple(self.like.shape)}, got {tuple(tensors.shape)}"
                 )
             return tensors.to(device, dtype)
+        if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+            raise TypeError(f"expected a vector over the parameters or a tensor for each, got {type(tensors).__name__}")
         for name, tensor in tensors.items():
             if name not in self.params:
                 raise ValueError(f"{name!r} is not one of the parameters that are measured")
@@ -158,3 +160,9 @@ class Objective:
                     f"the loss is not deterministic: the same batch gave {one:.9g}, then {two:.9g}; switch off "
                     "dropout, augmentation and sampling in loss_fn"
                 )
+
+
+def check_objective(objective: object) -> None:
+    """Raise if it is not an objective."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective(model, loss_fn, data), got {type(objective).__name__}")

@@ -20,7 +20,7 @@ from .batches import Piece, grouped
 from .draws import generator_of
 from .evaluation import Evaluation
 from .means import check_finite, mean, stderr
-from .objective import Objective
+from .objective import Objective, check_objective
 from .quadratic import Point
 from .vectors import largest_magnitude
 
@@ -150,6 +150,7 @@ def sharpness_profile(
         >>> profile.rhos, [round(value, 4) for value in profile.values]
         ((0.1, 0.2), [0.1, 0.2])
     """
+    check_objective(objective)
     rhos = sorted(rhos)
     if not rhos:
         raise ValueError("rhos is empty")
