@@ -230,6 +230,9 @@ def test_empty_parameters_are_passed_over():
     e = Geometry(eta=0.0).maximizer(params, {"none": torch.zeros(0, 3), "weight": torch.tensor([1.0, 4.0])}, 1.0)
     assert e["none"].shape == (0, 3)
     torch.testing.assert_close(e["weight"], torch.tensor([1.8, 0.8]))
+    for p in (1.5, 2, math.inf):
+        nothing = Geometry(p=p).maximizer({"none": torch.zeros(0, 3)}, {"none": torch.zeros(0, 3)}, 1.0)
+        assert nothing["none"].shape == (0, 3)
 
 
 @pytest.mark.parametrize(

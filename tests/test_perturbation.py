@@ -158,6 +158,25 @@ def test_an_exception_in_the_move_itself(way, half_moved, monkeypatch):
     assert_same(gradients(run.model), gradients(fresh.model))
 
 
+def test_an_exception_while_tiny_tensors_are_written(monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    before = weights(model)
+    model(torch.randn(5, 3)).square().mean().backward()
+    write, written = torch._foreach_copy_, []
+
+    def failing(targets, values):
+        write(targets, values)
+        written.append(weights(model))
+        if len(written) == 1:
+            raise MemoryError
+
+    monkeypatch.setattr(torch, "_foreach_copy_", failing)
+    with pytest.raises(MemoryError), ASAM(model).perturbed():
+        pass
+    assert not torch.equal(written[0]["0.weight"], before["0.weight"])
+    assert_same(weights(model), before)
+
+
 def test_a_graph_that_needs_the_old_weights_raises():
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     inputs = torch.randn(4, 3)
