@@ -1,6 +1,7 @@
 """Buffers move once a step, in the pass at w; random numbers are replayed where that is asked for."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -219,3 +220,26 @@ def test_a_sparse_buffer_is_no_obstacle():
     assert_same(weights(model), before)
     assert torch.equal(model.graph.to_dense(), torch.eye(4))
     assert model.weight.grad.norm() > 0
+
+
+def test_a_scripted_module_moves_its_statistics_once():
+    torch.manual_seed(0)
+    parts = [nn.Linear(4, 4), nn.BatchNorm1d(4)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        model = nn.Sequential(torch.jit.script(nn.Sequential(*copy.deepcopy(parts))), nn.Linear(4, 2))
+    plain = nn.Sequential(nn.Sequential(*parts), copy.deepcopy(model[1]))
+    inputs = torch.randn(5, 4)
+    for one in (model, plain):
+        ASAM(one).backward(lambda one=one: one(inputs).square().mean())
+    for (name, found), (_, expected) in zip(model.named_buffers(), plain.named_buffers(), strict=True):
+        torch.testing.assert_close(found, expected, msg=name)
+
+
+def test_a_buffer_made_in_inference_mode_is_left_alone():
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with torch.inference_mode():
+        model.register_buffer("cache", torch.ones(3))
+    ASAM(model).backward(lambda: model(torch.randn(5, 4)).square().mean())
+    assert model[1].num_batches_tracked == 1
+    assert model.cache.tolist() == [1, 1, 1]

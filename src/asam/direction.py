@@ -1,8 +1,8 @@
 """What is climbed: the gradient at w, alone or with a mean of earlier ones, or momentum, which costs no pass at w.
 
 Nearly every relative of SAM climbs d = weight g + mean m, with g the gradient at w and m an exponential mean of such
-gradients. The momentum of a descent points downhill, so climbing is going against it; it is there before the step, and
-a step then costs one forward-backward pass.
+gradients. With the momentum of a descent, e goes against it, as Momentum-SAM has it, to where the descent is heading.
+It is there before the step, and a step then costs one forward-backward pass.
 
 A maximizer depends on the direction of d alone, so d needs no bias correction and no unit.
 """

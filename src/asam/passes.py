@@ -48,7 +48,7 @@ class Passes:
         self._model, self._params = model, params
         self._replicas, self._unsharded, self._sharded = replicas, unsharded, sharded
         self._caller = caller
-        self._missing = 0  # parameters without a gradient, at most so far
+        self._missing: list[bool] | None = None  # the parameters without a gradient, last time
 
     def ascend(
         self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, *, averaged: bool
@@ -96,8 +96,8 @@ class Passes:
                 new = torch.autograd.grad(loss, params, allow_unused=True)
                 # not in place: autograd may hand out one buffer for two parameters
                 grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)] if grads else list(new)
-                missing = sum([grad is None for grad in new])
-                if missing > self._missing:  # to look at the graph takes long: once
+                missing = [grad is None for grad in new]
+                if missing != self._missing:  # to look at the graph takes long: when something is different
                     check_reaches_parameters(loss)
                     self._missing = missing
             losses.append(loss.detach())

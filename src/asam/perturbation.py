@@ -62,10 +62,10 @@ def perturbed(
                     if param.data_ptr() != whole.data_ptr() or param.shape != whole.shape:
                         resized.extend(put_back([param], [whole]))
                 buffers.restore()
-            unsharded.let_go()
-            torch.clear_autocast_cache()
         finally:
             _away.pop(id(params), None)
+            unsharded.let_go()
+            torch.clear_autocast_cache()
 
     try:
         _away[id(params)] = params
@@ -112,7 +112,7 @@ def run_at(moved: Generator[None, None, None], block: Callable[[], Result]) -> R
 def _refuse_lost_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
     if not _away:
         return
-    away = {id(param) for params in _away.values() for param in params}
+    away = {id(param) for params in list(_away.values()) for param in params}  # other threads have theirs
     if any(id(param) in away for group in optimizer.param_groups for param in group["params"]):
         raise RuntimeError(
             f"{type(optimizer).__name__} took a step while its parameters are perturbed, which would be lost when they "
@@ -150,7 +150,10 @@ class Buffers:
             [
                 buffer
                 for _, _, buffer in self._places
-                if buffer is not None and buffer.layout == torch.strided and is_writable(buffer)
+                if buffer is not None
+                and buffer.layout == torch.strided
+                and is_writable(buffer)
+                and not buffer.is_inference()  # nor does anything else write to it
             ]
         )
         self._contents = copies(self._buffers)
@@ -163,7 +166,8 @@ class Buffers:
         if not self._places:
             return
         for module, name, buffer in self._places:
-            if module._buffers.get(name) is not buffer:  # the module put another tensor in its place
+            # those of a TorchScript module are found anew each time
+            if isinstance(module._buffers, dict) and module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
         # all of them: batch norm writes its running statistics without counting up their versions
         if self._buffers:

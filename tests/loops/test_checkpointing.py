@@ -106,3 +106,18 @@ def test_buffers_move_as_in_a_plain_step_with_checkpointing(way):
     ASAM(ours).backward(lambda: ours(inputs), backward=torch.Tensor.backward)
     assert_same(dict(ours.named_buffers()), dict(plain.named_buffers()))
     assert ours.blocks[0][1].num_batches_tracked == 2
+
+
+def test_reentrant_checkpointing_is_refused_where_no_gradient_is_missing():
+    layer, inputs = nn.Linear(4, 4), torch.randn(5, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"parameters behind .* with use_reentrant=True have no gradient"):
+        ASAM(layer).backward(lambda: layer(checkpoint(layer, inputs, use_reentrant=True).tanh()).square().mean())
+
+
+def test_reentrant_checkpointing_is_refused_after_a_step_without_it():
+    heads = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+    inputs = torch.randn(5, 4, requires_grad=True)
+    asam = ASAM(heads)
+    asam.backward(lambda: heads[0](inputs).square().mean())
+    with pytest.raises(RuntimeError, match=r"parameters behind .* with use_reentrant=True have no gradient"):
+        asam.backward(lambda: heads[2](checkpoint(heads[1], inputs, use_reentrant=True)).square().mean())
