@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..norms import vector_norm
+from ..norms import safe_norm, vector_norm
 
 # Norms in units of which squares of float32 numbers are neither 0 nor inf.
 SAFE = (1e-12, 1e12)
@@ -14,10 +14,7 @@ SAFE = (1e-12, 1e12)
 def norm(vector: Tensor) -> float:
     """The 2-norm, also where squares would underflow or overflow; nan if there is a nan."""
     size = float(vector_norm(vector))
-    if SAFE[0] < size < SAFE[1]:
-        return size
-    largest = largest_magnitude(vector)
-    return largest * float(vector_norm(vector / largest)) if 0 < largest < math.inf else largest
+    return size if SAFE[0] < size < SAFE[1] else float(safe_norm(vector, 2))
 
 
 def plus(u: Tensor, vector: Tensor, size: float, length: float) -> Tensor:
