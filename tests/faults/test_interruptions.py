@@ -103,5 +103,5 @@ def test_the_weights_are_w_wherever_ctrl_c_comes(way, monkeypatch):
             if moves == 1:
                 assert_same(dict(model.named_buffers()), after)
             seen[moves] += 1
-    assert sum(seen.values()) > passed[0] / 2
+    assert sum(seen.values()) >= (passed[0] if sys.version_info < (3, 13) else passed[0] / 2)
     assert set(seen) == {0, 1}
