@@ -243,3 +243,24 @@ def test_a_buffer_made_in_inference_mode_is_left_alone():
     ASAM(model).backward(lambda: model(torch.randn(5, 4)).square().mean())
     assert model[1].num_batches_tracked == 1
     assert model.cache.tolist() == [1, 1, 1]
+
+
+class Growing(nn.Module):
+    """A buffer that a pass makes longer, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(2))
+
+    def forward(self, x):
+        self.seen.resize_(len(self.seen) + 1).fill_(1)
+        return x
+
+
+def test_a_buffer_that_grows_in_place_grows_once():
+    model = nn.Sequential(nn.Linear(4, 3), Growing(), nn.BatchNorm1d(3))
+    asam, inputs = ASAM(model), torch.randn(5, 4)
+    for steps in (1, 2):
+        asam.backward(lambda: model(inputs).square().mean())
+        assert model[1].seen.tolist() == [1] * (2 + steps)
+        assert model[2].num_batches_tracked == steps

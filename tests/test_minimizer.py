@@ -244,3 +244,10 @@ def test_repr_names_what_was_chosen():
     assert "rho=0.3" in repr(SAM(nn.Linear(2, 1), rho=0.3))
     assert "parameters=2" in repr(ASAM(nn.Linear(2, 1)))
     assert "eta=0.2" in repr(ASAM(nn.Linear(2, 1), eta=0.2))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_the_loss_that_comes_back_is_a_scalar(shape):
+    model, inputs = nn.Linear(3, 1), torch.randn(4, 3)
+    loss = ASAM(model).backward(lambda: model(inputs).square().mean().reshape(shape))
+    assert loss.shape == ()

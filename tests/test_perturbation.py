@@ -7,7 +7,7 @@ import torch
 from slow_reference import assert_same, gradients, shapes_problem, weights
 from torch import nn
 
-from asam import ASAM, SAM, SharpnessAwareOptimizer
+from asam import ASAM, SAM, SharpnessAwareOptimizer, perturbation
 from asam.blocks import Block
 from asam.perturbation import modules_of
 
@@ -230,3 +230,31 @@ def test_modules_are_those_of_the_model():
     found = modules_of(model)
     assert len(found) == 5
     assert set(map(id, found)) == set(map(id, model.modules()))
+
+
+def test_a_step_of_another_optimizer_while_other_threads_perturb(monkeypatch):
+    class Perturbing:
+        """The parameters of a step, while another thread begins one."""
+
+        def __iter__(self):
+            monkeypatch.setitem(perturbation._away, 2, [])
+            return iter(())
+
+    monkeypatch.setitem(perturbation._away, 1, Perturbing())
+    model = nn.Linear(2, 1)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def test_autocast_forgets_w_plus_e_where_a_buffer_cannot_come_back(monkeypatch):
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, affine=False).eval())
+    inputs = torch.randn(5, 4)
+
+    def failing(self):
+        raise MemoryError
+
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(inputs)
+        monkeypatch.setattr(perturbation.Buffers, "restore", failing)
+        with pytest.raises(MemoryError):
+            ASAM(model, rho=10.0).backward(lambda: model(inputs).square().mean())
+        assert torch.equal(model(inputs), before)

@@ -83,4 +83,5 @@ def descend(
 
 def total(losses: Sequence[Tensor]) -> Tensor:
     """The sum of the losses."""
-    return losses[0] if len(losses) == 1 else torch.stack([loss.reshape(()) for loss in losses]).sum()
+    scalars = [loss.reshape(()) for loss in losses]
+    return scalars[0] if len(scalars) == 1 else torch.stack(scalars).sum()

@@ -42,7 +42,7 @@ def put_back(targets: list[Tensor], originals: list[Tensor]) -> list[Tensor]:
             if target.shape == original.shape and is_writable(target):
                 target.copy_(original)
             else:
-                target.data = original
+                target.data = original.clone()  # the original may be needed again
                 resized.append(target)
         return resized
     return []

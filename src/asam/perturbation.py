@@ -170,9 +170,10 @@ class Buffers:
             if isinstance(module._buffers, dict) and module._buffers.get(name) is not buffer:
                 module._buffers[name] = buffer
         # all of them: batch norm writes its running statistics without counting up their versions
-        if self._buffers:
-            buffers = self._buffers if versions else [buffer.data for buffer in self._buffers]
-            torch._foreach_copy_(buffers, self._contents)
+        if self._buffers and versions:
+            put_back(self._buffers, self._contents)
+        elif self._buffers:
+            torch._foreach_copy_([buffer.data for buffer in self._buffers], self._contents)
 
 
 class RandomState:
