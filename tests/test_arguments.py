@@ -7,7 +7,7 @@ import torch
 from slow_reference import assert_same, shapes_problem, weights
 from torch import nn
 
-from asam import ASAM, SAM, Geometry, SharpnessAwareOptimizer
+from asam import ASAM, SAM, Geometry, SharpnessAwareOptimizer, norm_parameters, weight_parameters
 
 NUMBERS = [("a string", TypeError, "str"), (None, TypeError, "NoneType"), (True, TypeError, "bool")]
 RHO = [*NUMBERS, (torch.tensor(0.5), TypeError, "Tensor"), (-0.1, ValueError, "-0.1")]
@@ -55,7 +55,7 @@ def test_minimizer_arguments(make, name, takes, value, error, got):
         make(nn.Linear(2, 1), **{name: value})
 
 
-@pytest.mark.parametrize("make", [ASAM, SAM])
+@pytest.mark.parametrize("make", [ASAM, SAM, norm_parameters, weight_parameters])
 def test_model_must_be_a_module(make):
     with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got list$"):
         make(list(nn.Linear(2, 1).parameters()))
@@ -116,6 +116,12 @@ def test_mappings_of_different_names():
 def test_a_scale_that_does_not_broadcast():
     with pytest.raises(ValueError, match=r"^normalization must .* 'a' of shape \(2, 3\) it returned shape \(2,\)$"):
         Geometry(lambda w: torch.ones(2)).scales({"a": torch.ones(2, 3)})
+
+
+@pytest.mark.parametrize("returned", [None, [1.0, 2.0], "1"])
+def test_a_scale_that_is_none(returned):
+    with pytest.raises(TypeError, match=rf"^normalization must return .* 'a' it returned {type(returned).__name__}$"):
+        Geometry(lambda w: returned).scales({"a": torch.ones(2)})
 
 
 @pytest.mark.parametrize("name", ["closure", "ascent"])

@@ -207,12 +207,14 @@ def test_rho_zero_is_one_plain_pass():
     assert_same(gradients(training.model), g)
 
 
-@pytest.mark.parametrize("returned", [1.0, [0.0, 1.0], (1.0,), (1, 2, 3), None])
+@pytest.mark.parametrize("returned", [1.0, [0.0, 1.0], (1.0,), (1, 2, 3), None, ("1", 1.0), (0.0, None)])
 def test_combine_returns_two_coefficients(returned):
     training = Training(combine=lambda *_: returned)
     training.loss(1).backward()
     before, earlier = weights(training.model), gradients(training.model)
-    with pytest.raises(TypeError, match=r"^combine must return two coefficients \(c0, c1\), got "):
+    with pytest.raises(
+        TypeError, match=r"^combine must return (two coefficients \(c0, c1\)|numbers or scalar tensors), got "
+    ):
         training.asam.backward(lambda: training.loss(0))
     assert_same(weights(training.model), before)
     assert_same(gradients(training.model), earlier)

@@ -161,21 +161,22 @@ def test_non_finite_gradient_gives_a_non_finite_perturbation(p, value):
 
 @pytest.mark.parametrize(("dtype", "unit"), [(torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
 @pytest.mark.parametrize("p", [1.5, 2, 3, math.inf])
-def test_half_precision_is_rounded_once(dtype, unit, p):
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise", "layerwise"])
+def test_half_precision_is_rounded_once(dtype, unit, p, normalization):
     model, _ = shapes_problem()
     model.to(dtype)
     names = [name for name, _ in model.named_parameters()]
     w = {name: param.double() for name, param in weights(model).items()}
     # small gradients: their products with the weights underflow in float16
     g = {name: (torch.randn_like(value) * 1e-3).to(dtype) for name, value in w.items()}
-    e = maximizer(w, {name: grad.double() for name, grad in g.items()}, RHO, p=p)
+    e = maximizer(w, {name: grad.double() for name, grad in g.items()}, RHO, normalization, p=p)
     seen = []
 
     def closure():
         seen.append(weights(model))
         return sum((g[name] * param).float().sum() for name, param in model.named_parameters())
 
-    ASAM(model, rho=RHO, p=p).backward(closure)
+    ASAM(model, rho=RHO, p=p, normalization=normalization).backward(closure)
 
     assert names == list(seen[1])
     # one rounding to nearest: half a unit in the last place, 1e-5 for float32; half the smallest subnormal near 0

@@ -251,3 +251,9 @@ def test_the_loss_that_comes_back_is_a_scalar(shape):
     model, inputs = nn.Linear(3, 1), torch.randn(4, 3)
     loss = ASAM(model).backward(lambda: model(inputs).square().mean().reshape(shape))
     assert loss.shape == ()
+
+
+def test_a_complex_loss_is_refused():
+    model, inputs = nn.Linear(3, 1), torch.randn(4, 3)
+    with pytest.raises(TypeError, match=r"^closure must return a real loss"):
+        ASAM(model).backward(lambda: torch.complex(model(inputs).mean(), torch.zeros(())))

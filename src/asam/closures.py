@@ -40,6 +40,8 @@ def checked(loss: Tensor) -> Tensor:
         raise TypeError(f"closure must return the loss, a scalar tensor, got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(f"closure must return a scalar tensor, got shape {tuple(loss.shape)}: take its mean or sum")
+    if loss.is_complex():
+        raise TypeError("closure must return a real loss, got a complex one: take its real part or magnitude")
     return loss
 
 

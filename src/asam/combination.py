@@ -5,6 +5,7 @@ WSAM, GNP, GSAM and StableSAM are one line each. They stay on the device; no val
 """
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def combine_(
         units: by what the losses of the two passes were multiplied before their backward passes, empty for nothing.
 
     Raises:
-        TypeError: ``combine`` does not return two coefficients.
+        TypeError: ``combine`` does not return two coefficients, numbers or tensors.
     """
     with torch.no_grad():
         for param in params:
@@ -42,6 +43,9 @@ def combine_(
         coefficients = combine(products[0] / unit0**2, products[1] / (unit0 * unit1), products[2] / unit1**2)
         if not isinstance(coefficients, tuple) or len(coefficients) != 2:
             raise TypeError(f"combine must return two coefficients (c0, c1), got {type(coefficients).__name__}")
+        for coefficient in coefficients:
+            if not isinstance(coefficient, Tensor | Real):
+                raise TypeError(f"combine must return numbers or scalar tensors, got {type(coefficient).__name__}")
         c0, c1 = coefficients
         c0 = c0 * (unit1 / unit0)
         for before, now in zip(g0, g1, strict=True):

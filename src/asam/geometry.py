@@ -14,13 +14,14 @@ Source: Kwon et al., ASAM, ICML 2021, arXiv:2102.11600.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, packed
 from .checks import check_choice, check_number, check_rho
-from .kernels import factors
+from .kernels import HALF, factors
 from .native import NativeBlock
 from .norms import DualNorm, norms, safe_norm, together
 from .projection import nearest_in_ball
@@ -98,7 +99,7 @@ class Geometry:
         with torch.no_grad():
             kinds = self._kinds(list(params), list(params.values()))
             return {
-                name: self._scale(name, kind, param.detach())
+                name: self._scale(name, kind, param.detach()).to(param.dtype)
                 for (name, param), kind in zip(params.items(), kinds, strict=True)
             }
 
@@ -181,7 +182,14 @@ class Geometry:
         if kind in ("filterwise", "layerwise"):
             return (norms(param, keep_first=kind == "filterwise") + self.eta).expand_as(param)
         assert callable(kind)
-        scale = torch.as_tensor(kind(param), dtype=param.dtype, device=param.device)
+        value = kind(param)
+        if not isinstance(value, Tensor | Real):
+            raise TypeError(
+                f"normalization must return a scale, a tensor or a number: for {name!r} it returned "
+                f"{type(value).__name__}"
+            )
+        dtype = torch.float32 if param.dtype in HALF else param.dtype
+        scale = torch.as_tensor(value, dtype=dtype, device=param.device)
         try:
             return scale.expand_as(param)
         except RuntimeError:

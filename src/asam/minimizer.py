@@ -22,7 +22,7 @@ from .combination import Combine, combine_
 from .direction import Gradient, Momentum
 from .geometry import Geometry
 from .kernels import HALF
-from .parameters import selected_parameters
+from .parameters import check_model, selected_parameters
 from .passes import Passes
 from .perturbation import RandomState, modules_of, perturbed, run_at, running_statistics
 from .replicas import Replicas
@@ -89,8 +89,7 @@ class ASAM:
         compile: bool = False,
         rounding: str = "nearest",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         if not isinstance(replay_rng, bool):
             raise TypeError(f"replay_rng must be a bool, got {type(replay_rng).__name__}")
         if not isinstance(sync_ascent, bool):

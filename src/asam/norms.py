@@ -54,12 +54,15 @@ def safe_norm(vector: Tensor, p: float) -> Tensor:
 
 
 def norms(param: Tensor, *, keep_first: bool) -> Tensor:
-    """2-norm over all dimensions, or all but the first: keeps them as 1. Scaled, since squares underflow."""
+    """2-norm over all dimensions, or all but the first: keeps them as 1. Scaled, since squares underflow.
+
+    In float32 at least: half precision would round it.
+    """
     dims = list(range(1 if keep_first else 0, param.ndim))
     if param.numel() == 0:
-        return param.sum(dim=dims, keepdim=True)
+        return wide(param).sum(dim=dims, keepdim=True)
     values = wide(param)
     largest = nonzero(values.abs().amax(dim=dims, keepdim=True))
     shares = values / largest  # not square_(): torch.func.vmap has no rule for it
     result: Tensor = shares.mul_(shares).sum(dim=dims, keepdim=True).sqrt_() * largest
-    return result.to(param.dtype)
+    return result

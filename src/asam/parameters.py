@@ -13,6 +13,12 @@ from torch import Tensor, nn
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
 
 
+def check_model(model: object) -> None:
+    """Raise if it is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of normalization layers: of modules whose class name ends in ``Norm``, ``Norm1d``, ``Norm2d``, ...
 
@@ -21,6 +27,7 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> [tuple(p.shape) for p in norm_parameters(model)]
         [(3,), (3,)]
     """
+    check_model(model)
     layers = (module for module in model.modules() if _NORM_CLASS.search(type(module).__name__))
     return list({id(p): p for layer in layers for p in layer.parameters(recurse=False)}.values())
 
@@ -32,6 +39,7 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
         >>> [tuple(p.shape) for p in weight_parameters(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))]
         [(3, 2)]
     """
+    check_model(model)
     return [param for param in model.parameters() if param.ndim >= 2]
 
 

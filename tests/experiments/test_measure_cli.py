@@ -311,6 +311,7 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
         (["landscape", "own:make", "own:make"], "two targets are called own-make"),
         (["landscape", "own:make", "--span", "inf"], "--span must be a number > 0 and < 1e+18, got inf"),
         (["landscape", "own:make", "--out", "own.py"], "own.py is a file: choose another --out"),
+        (["landscape", "own:make", "--out", "own.py/slices"], "own.py is a file: choose another --out"),
         (["landscape", "own:dropout"], "the loss is not deterministic"),
     ],
 )
@@ -327,6 +328,7 @@ def test_bad_input_is_one_line_and_exit_code_2(asam, tmp_path, arguments, messag
     assert message in last
     assert last.startswith("asam: ")
     assert out == ""
+    assert not (tmp_path / "asam-landscape").exists()
 
 
 def test_a_folder_of_runs_is_not_a_run(asam, runs):

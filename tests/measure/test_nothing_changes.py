@@ -323,3 +323,45 @@ def test_ctrl_c_while_everything_is_brought_back(moment, monkeypatch):
         worst_case_sharpness(objective, 0.3, geometry=GEOMETRY, steps=2)
     before.assert_unchanged()
     assert len(calls) == 2
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed, counts its calls, and has weight norm, which keeps the weight that it computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.utils.weight_norm(nn.Linear(4, 3))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = self.layer(x)
+        return self.last
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_what_layers_keep_for_themselves():
+    model = Remembering().double()
+    model.layer(torch.ones(1, 4).double())
+    kept = model.layer.weight
+    worst_case_sharpness(make(model), 0.3, geometry=GEOMETRY, steps=2)
+    assert model.layer.weight is kept
+    assert model.calls == 0
+    assert not hasattr(model, "last")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_reading_a_shuffled_loader(fails):
+    dataset = torch.utils.data.TensorDataset(*examples())
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True, collate_fn=_failing if fails else None)
+    model = make_model()
+    state = State(model)
+    try:
+        assert Objective(model, cross_entropy, loader).examples == 12
+    except KeyError:
+        assert fails
+    state.assert_unchanged()
+
+
+def _failing(examples):
+    raise KeyError

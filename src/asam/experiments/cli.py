@@ -197,7 +197,7 @@ def landscape(
     if not 0 < span < LARGEST:
         raise InputError(f"--span must be a number > 0 and < {LARGEST:g}, got {span:g}")
 
-    from .landscapes import compute, file_name, passes, prepare, save
+    from .landscapes import check_free, compute, file_name, passes, save
     from .targets import find
 
     with refusals():
@@ -205,7 +205,7 @@ def landscape(
     names = [file_name(target.name) for target in found]
     if len(set(names)) < len(names):
         raise InputError(f"two targets are called {next(name for name in names if names.count(name) > 1)}")
-    prepare(out, force=force)
+    check_free(out, force=force)
     with progress(f"{len(found)} landscapes", passes(found, points)) as advance, refusals():
         slices = compute(found, points, span, seed, advance)
     for one, other in pairwise(found):

@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,21 +33,19 @@ class Slices:
     interpolations: dict[str, LossLine]
 
 
-def prepare(folder: Path, *, force: bool) -> None:
-    """Make the folder ready; what an earlier landscape left there goes with ``force`` only.
+def check_free(folder: Path, *, force: bool) -> None:
+    """See that the slices may be written there.
 
     Raises:
-        InputError: the folder holds something, and there is no ``force``.
+        InputError: there can be no such folder, or it holds something and there is no ``force``.
     """
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file: choose another --out")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not force:
-            raise InputError(f"{folder} is not empty: choose another --out, or overwrite with --force")
-        for pattern in ("plane-*.npz", "line-*.npz", "way-*.npz", "planes.svg", "lines.svg", PAGE):
-            for file in folder.glob(pattern):
-                file.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not nearest.is_dir():
+        raise InputError(f"{nearest} is a file: choose another --out")
+    if not os.access(nearest, os.W_OK):
+        raise InputError(f"{nearest} is not writable: choose another --out")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise InputError(f"{folder} is not empty: choose another --out, or overwrite with --force")
 
 
 def passes(targets: list[Target], points: int) -> int:
@@ -74,7 +73,14 @@ def compute(targets: list[Target], points: int, span: float, seed: int, advance:
 
 
 def save(slices: Slices, folder: Path) -> list[Path]:
-    """Write the slices, their plots and the page; return the files. All of them or, where that fails, none."""
+    """Write the slices, their plots and the page in place of earlier ones; return the files.
+
+    All of them or, where that fails, none.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("plane-*.npz", "line-*.npz", "way-*.npz", "planes.svg", "lines.svg", PAGE):
+        for file in folder.glob(pattern):
+            file.unlink()
     files = []
     try:
         for kind, found in (("plane", slices.planes), ("line", slices.lines), ("way", slices.interpolations)):

@@ -28,7 +28,8 @@ class Evaluation:
     def __enter__(self) -> Self:
         model = self._model
         devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-        self._modes = [(module, module.training) for module in model.modules()]
+        # with what layers keep for themselves, such as the weight that weight norm has computed
+        self._modules = [(module, module.training, dict(vars(module))) for module in model.modules()]
         with ExitStack() as stack:
             # it restores the grad mode too, so it must not be entered under no_grad
             stack.enter_context(torch.inference_mode(False))
@@ -38,13 +39,9 @@ class Evaluation:
             self._random = RandomState(devices)
             _exact_arithmetic(stack, model, {device.type for device in devices} | {"cpu"})
             stack.callback(self._restore)
-            # the attribute, not eval(): some models merge weights there
-            _set_modes(
-                [
-                    (module, self._batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm))
-                    for module, _ in self._modes
-                ]
-            )
+            for module, _, _ in self._modules:
+                # the attribute, not eval(): some models merge weights there
+                module.training = self._batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm)
             self._stack = stack.pop_all()
         return self
 
@@ -186,7 +183,11 @@ class Evaluation:
         with torch.no_grad():
             self._buffers.restore(versions=False)
         self._random.restore()
-        _set_modes(self._modes)
+        for module, training, attributes in self._modules:
+            module.training = training
+            for name in vars(module).keys() - attributes.keys():
+                delattr(module, name)
+            vars(module).update(attributes)
 
     def _restore_buffers(self) -> None:
         self._between.restore(versions=False)
@@ -211,11 +212,6 @@ def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
 
 def _described(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
-    for module, training in modes:
-        module.training = training
 
 
 def _exact_arithmetic(stack: ExitStack, model: nn.Module, device_types: set[str]) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..checks import check_choice
 from ..geometry import Geometry
-from ..parameters import selected_parameters
+from ..parameters import check_model, selected_parameters
+from ..perturbation import RandomState
 from .batches import pieces_of
 from .evaluation import Evaluation, all_of, views
 
@@ -61,15 +62,18 @@ class Objective:
         params: Iterable[str | Tensor] | None = None,
         batchnorm: str = "eval",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+        check_model(model)
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be a function of a model and a batch, got {type(loss_fn).__name__}")
         check_choice("batchnorm", batchnorm, BATCHNORM)
         self.model = model
         self.loss_fn = loss_fn
         self.batchnorm = batchnorm
-        self.pieces = pieces_of(data)
+        random = RandomState({param.device for param in model.parameters()})
+        try:  # a DataLoader draws a seed
+            self.pieces = pieces_of(data)
+        finally:
+            random.restore()
         self.examples = sum(piece.size for piece in self.pieces)
         chosen = selected_parameters(model, params)
         frozen = [name for name, param in chosen.items() if not param.requires_grad]
