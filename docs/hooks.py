@@ -20,7 +20,6 @@ ROOT = Path(__file__).parent.parent
 LINK = re.compile(r'(?<=\]\()(\.\./[^)\s#"]+)')
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 CLASS = re.compile(r":class:`(?:asam\.)?(\w+)`")
-COUNT = re.compile(r"<!-- (\w+) -->")
 ROLE = re.compile(r":(?:attr|meth|func):(`[^`]+`)")
 BRACKETS = re.compile(r"<([^<>`]+, [^<>`]+)>")  # an inner product, not a tag
 EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
@@ -48,7 +47,6 @@ def on_page_markdown(markdown: str, *, page: Page, files: Files, **_: Any) -> st
             return match[1]  # mkdocs tells what is broken
         return posixpath.relpath(made, posixpath.dirname(page.file.src_uri) or ".")
 
-    markdown = COUNT.sub(lambda match: _count(match[1]), markdown)
     linked = re.findall(r"results/(\w+)/table\.md", markdown)
     return LINK.sub(inside, markdown).replace("<!-- all findings -->", _table(linked))
 
@@ -80,12 +78,6 @@ def _path(page: File, link: str) -> str:
 def _findings(study: str) -> list[dict[str, Any]]:
     findings: list[dict[str, Any]] = json.loads((ROOT / f"docs/results/{study}/summary.json").read_text())["findings"]
     return findings
-
-
-def _count(study: str) -> str:
-    """How many claims of a study reproduce."""
-    verdicts = [found["verdict"] for found in _findings(study)]
-    return f"{sum(verdict.startswith('reproduces') for verdict in verdicts)} of {len(verdicts)}"
 
 
 def _table(studies: list[str]) -> str:

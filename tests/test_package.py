@@ -1,5 +1,6 @@
 """What is published: the wheel works beside torch alone, the source distribution is the project."""
 
+import re
 import subprocess
 import sys
 import sysconfig
@@ -57,7 +58,8 @@ def beside_torch_alone(built, tmp_path_factory):
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))")[0].strip())
     for name in required("torch"):
         for top in {file.parts[0] for file in distribution(name).files or ()} - {"..", "__pycache__"}:
-            (site / top).symlink_to(INSTALLED / top)
+            if not (site / top).exists():  # several share one, as CUDA's do
+                (site / top).symlink_to(INSTALLED / top)
     run(sys.executable, "-m", "pip", "--python", python, "install", "--no-index", "--no-deps", built[0])
     return folder / "bin"
 
@@ -81,6 +83,12 @@ def test_metadata(built):
     assert [Requirement(need).name for need in needs] == ["torch"]
     assert metadata["Version"] == asam.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
+    shown = metadata.get_payload()
+    assert shown.startswith("# asam\n")
+    assert "](https://arxiv.org/abs/2102.11600)" in shown
+    # a package index shows it without what is beside it
+    assert not re.findall(r"\]\((?!https?:).*?\)", shown)
+    assert "Two weights, loss light where it is low" not in shown
     run(sys.executable, "-m", "twine", "check", "--strict", *built)
 
 

@@ -7,7 +7,8 @@ reads a value back from the device.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +33,7 @@ FEW = 2**12
 COMPILED_FROM = 2**15
 
 
-@dataclass(slots=True)  # not frozen: that costs a microsecond for each of many small tensors
-class Piece:
+class Piece(NamedTuple):
     """A parameter or a slice of one, with its gradient, its target and its scale (None where it is |w| + eta or 1)."""
 
     param: Tensor
@@ -42,7 +42,8 @@ class Piece:
     scale: Tensor | None
     elementwise: bool
 
-    def __getitem__(self, index: int | slice) -> "Piece":
+    def part(self, index: int | slice) -> "Piece":
+        """The row or the rows of that index."""
         scale = None if self.scale is None else self.scale[index]
         param = self.param[index]
         target = param if self.target is self.param else self.target[index]
@@ -53,25 +54,25 @@ class Piece:
         length, size = self.param.shape[0], self.param.numel()
         if size > limit * length:
             for row in range(length):
-                yield from self[row].cut(limit)
+                yield from self.part(row).cut(limit)
         else:
             slices = -(-length // (limit * length // size))
             rows = -(-length // slices)
             for start in range(0, length, rows):
-                yield self[start : start + rows]
+                yield self.part(slice(start, start + rows))
 
 
 def packed(pieces: list[Piece], eta: float, q: float, execution: "Execution") -> "list[Block | NativeBlock]":
     """Blocks of one device and dtype each, of no more elements than the limit. ``pieces`` is emptied."""
     blocks: list[Block | NativeBlock] = []
+    if execution.compile and native.is_for(q):
+        pieces[:] = _without_native(pieces, eta, blocks)
     groups: dict[tuple[torch.device, torch.dtype], list[Piece]] = {}
     for piece in pieces:
         groups.setdefault((piece.param.device, piece.param.dtype), []).append(piece)
     pieces.clear()
     parts: list[list[Piece]] = []
-    for (device, dtype), members in groups.items():
-        if execution.compile and native.is_for(device, dtype, q):
-            members = _without_native(members, eta, blocks)
+    for (device, _), members in groups.items():
         limit = ACCELERATOR_BLOCK if device.type != "cpu" else COMPILED_BLOCK if execution.compile else CPU_BLOCK
         alone = limit // (COMPILED_ALONE if execution.compile else ALONE)
         small, room = list[Piece](), 0
@@ -96,24 +97,22 @@ def packed(pieces: list[Piece], eta: float, q: float, execution: "Execution") ->
 
 def _without_native(pieces: list[Piece], eta: float, blocks: "list[Block | NativeBlock]") -> list[Piece]:
     """Put the pieces that can go the native way into one more block, and return the others."""
-    chosen: dict[bool, list[Piece]] = {True: [], False: []}
-    others = []
-    for piece in pieces:
-        if piece.scale is None and piece.target is piece.param and native.is_plain(piece.param, piece.grad):
-            chosen[piece.elementwise].append(piece)
-        else:
-            others.append(piece)
-    both = chosen[True] + chosen[False]
-    loops = native.library() if both else None
+    fits = [
+        scale is None and target is param and native.is_plain(param, grad) for param, grad, target, scale, _ in pieces
+    ]
+    fitting = [piece for piece, fit in zip(pieces, fits, strict=True) if fit]
+    loops = native.library() if fitting else None
     if loops is None:
         return pieces
+    adaptive = [piece for piece in fitting if piece.elementwise]
+    params, grads, *_ = zip(*adaptive, *(piece for piece in fitting if not piece.elementwise), strict=True)
     # a large one as its memory, which perturbed() holds and brings into a parameter that is elsewhere by then
-    params = [piece.param.detach() if piece.param.numel() > CPU_BLOCK else piece.param for piece in both]
-    block = NativeBlock(loops, params, [piece.grad for piece in both], len(chosen[True]), eta)
+    memories = [param.detach() if param.numel() > CPU_BLOCK else param for param in params]
+    block = NativeBlock(loops, memories, list(grads), len(adaptive), eta)
     if block.overlap():
         return pieces
     blocks.append(block)
-    return others
+    return [piece for piece, fit in zip(pieces, fits, strict=True) if not fit]
 
 
 @dataclass(frozen=True)
@@ -144,16 +143,17 @@ class Block:
 
     def __init__(self, pieces: list[Piece], eta: float, execution: Execution) -> None:
         # those with T = |w| + eta first, then those with a scale of their own, then those with T = 1
-        own = [piece for piece in pieces if piece.scale is not None]
         elementwise = [piece for piece in pieces if piece.elementwise]
-        pieces = elementwise + own + [piece for piece in pieces if piece.scale is None and not piece.elementwise]
-        self.targets = [piece.target for piece in pieces]
+        own = [piece for piece in pieces if piece.scale is not None]
+        ones = [piece for piece in pieces if piece.scale is None and not piece.elementwise]
+        params, grads, targets, scales, _ = zip(*elementwise, *own, *ones, strict=True)
+        self.targets = list(targets)
         self._eta = eta
         self._elementwise = sum([piece.param.numel() for piece in elementwise])
-        self._own = laid_out([piece.scale for piece in own if piece.scale is not None]) if own else None
-        self._param = laid_out([piece.param for piece in pieces])
-        self._grad = laid_out([piece.grad for piece in pieces])
-        in_place = all(piece.target is piece.param for piece in pieces)
+        self._own = laid_out([scale for scale in scales if scale is not None]) if own else None
+        self._param = laid_out(list(params))
+        self._grad = laid_out(list(grads))
+        in_place = all(map(is_, targets, params))
         self._target = self._param if in_place else laid_out(self.targets)
         # computed in; what is in half precision in float32
         self._dtype = torch.float32 if self._param.dtype in HALF else self._param.dtype

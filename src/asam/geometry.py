@@ -246,11 +246,11 @@ class Geometry:
         scales: Sequence[Tensor | None],
     ) -> list[Piece]:
         """The parameters that move, with their scales where those are neither |w| + eta nor 1."""
-        return [
-            Piece(param, grad, target, scale, kind == "elementwise")
-            for kind, param, grad, target, scale in zip(kinds, params, grads, targets, scales, strict=True)
-            if param.numel() and kind != "fixed"
-        ]
+        elementwise = [kind == "elementwise" for kind in kinds]
+        pieces = list(map(Piece._make, zip(params, grads, targets, scales, elementwise, strict=True)))
+        if "fixed" not in kinds and 0 not in map(Tensor.numel, params):
+            return pieces
+        return [piece for piece, kind in zip(pieces, kinds, strict=True) if piece.param.numel() and kind != "fixed"]
 
     def _cut_shards(
         self,

@@ -23,7 +23,11 @@ namespace {
 template <class F>
 void chunks(int64_t n, int threads, F f) {
   const int64_t count = (n + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) if (count > 1 && threads > 1)
+  if (count == 1 || threads == 1) {  // without what it takes to ask OpenMP
+    for (int64_t i = 0; i < count; ++i) f(i, i * CHUNK, std::min<int64_t>(CHUNK, n - i * CHUNK));
+    return;
+  }
+#pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < count; ++i) f(i, i * CHUNK, std::min<int64_t>(CHUNK, n - i * CHUNK));
 }
 

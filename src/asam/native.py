@@ -55,20 +55,20 @@ def library() -> ctypes.CDLL | None:
     return loops
 
 
-def is_for(device: torch.device, dtype: torch.dtype, q: float) -> bool:
-    """Whether tensors of this kind may go this way."""
-    # someone who counts or fakes operations would see none
-    return q == 2 and device.type == "cpu" and dtype == torch.float32 and _get_current_dispatch_mode() is None
+def is_for(q: float) -> bool:
+    """Whether any tensors may go this way."""
+    return q == 2 and _get_current_dispatch_mode() is None  # someone who counts or fakes operations would see none
 
 
 def is_plain(param: Tensor, grad: Tensor) -> bool:
-    """Whether both are nothing but memory, for numbers of one dtype, filled in the same order without a gap."""
+    """Whether both are nothing but memory of float32, filled in the same order without a gap."""
     return (
         type(param) in PLAIN
         and type(grad) is Tensor
-        and grad.dtype == param.dtype
-        and grad.shape == param.shape
+        and param.dtype == grad.dtype == torch.float32
+        and param.is_cpu
         and grad.is_cpu
+        and grad.shape == param.shape
         and not (grad.is_neg() or param.is_neg() or grad._is_zerotensor())
         and ((param.is_contiguous() and grad.is_contiguous()) or common_order(param, grad) is not None)
     )
@@ -136,21 +136,20 @@ class NativeBlock:
         """Make the targets what they were again, and return those whose shape had to be put back first."""
         if self._saved is None or not self._away[0]:
             return []
-        rows = zip(self.targets, self._pointers, self._shapes, self._strides, strict=True)
-        if all(
-            target.data_ptr() == pointer
-            and target.shape == shape
-            and target.stride() == stride
-            and target.dtype == torch.float32
-            for target, pointer, shape, stride in rows
+        targets = self.targets
+        if (
+            array("Q", [target.data_ptr() for target in targets]) == self._pointers
+            and [target.shape for target in targets] == self._shapes
+            and [target.stride() for target in targets] == self._strides
+            and {target.dtype for target in targets} == {torch.float32}
         ):
             self._loops.put_back(*self._tensors(), torch.get_num_threads(), self._saved.data_ptr())
-            increment_version(self.targets)
+            increment_version(targets)
             return []
         # some are in other memory now, or have another shape or dtype
         parts = torch.split(self._saved, list(self._sizes))
         places = zip(parts, self._shapes, self._strides, strict=True)
-        return put_back(self.targets, [part.as_strided(shape, stride) for part, shape, stride in places])
+        return put_back(targets, [part.as_strided(shape, stride) for part, shape, stride in places])
 
 
 def _address(numbers: "array[int]") -> int:

@@ -283,6 +283,8 @@ def what_cannot_work_says_so(rank):
             way(ASAM(model), lambda: loss(model, batch(0, rank)))
     assert_local(rank, ASAM, model)
 
+    if torch.version.cuda and not torch.cuda.is_available():
+        return  # torch itself asks for a driver for what follows
     half = _MixedPrecision(param_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match=r"must not use the mixed_precision of .*: use torch.autocast"):
         ASAM(DistributedDataParallel(network(), mixed_precision=half))
