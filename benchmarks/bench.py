@@ -92,9 +92,10 @@ def main() -> None:
     for table in measure_growth(budget):
         results.append(table)
         _show(console, table)
-    for workload, batches in zip(workloads(), (20, 16, 8, 1), strict=True):
-        results.append(measure_sharpness(workload, 1 if arguments.quick else batches, budget))
-        _show(console, results[-1])
+    for workload, amounts in zip(workloads(), ((20, 80), (16,), (8, 32), (1,), (8,)), strict=True):
+        for batches in (1,) if arguments.quick else amounts:
+            results.append(measure_sharpness(workload, batches, budget))
+            _show(console, results[-1])
     if arguments.out:
         (arguments.out / "bench.json").write_text(
             json.dumps({**run, "tables": results}, default=asdict, indent=2) + "\n"

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-CLASSES = 10
+CLASSES, WORDS = 10, 1000
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,9 @@ def workloads() -> list[Workload]:
         Workload("MLP of 670k parameters (784-512-512-10), batch 128", mlp(784, 512, 512), torch.randn(128, 784), 1),
         # the usual batch of 128 takes seconds a step on one core; a smaller one makes overhead larger, not smaller
         Workload("ResNet-20, 32 x 32 images, batch 16", resnet20(), torch.randn(16, 3, 32, 32), 1),
+        Workload(
+            "transformer of 3.4M parameters (4 layers of 256), 8 sequences of 64", transformer(), tokens(8, 64), 1
+        ),
     ]
 
 
@@ -73,6 +76,24 @@ def resnet20() -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
 
 
+class Mean(nn.Module):
+    """Over the positions of a sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+def transformer() -> nn.Module:
+    d = 256
+    layer = nn.TransformerEncoderLayer(d, 4, 4 * d, dropout=0, batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    return nn.Sequential(nn.Embedding(WORDS, d), encoder, Mean(), nn.Linear(d, CLASSES))
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(WORDS, shape)
+
+
 def convolution(channels: int, width: int, stride: int = 1) -> tuple[nn.Module, nn.Module]:
     return nn.Conv2d(channels, width, 3, stride, padding=1, bias=False), nn.BatchNorm2d(width)
 
@@ -86,9 +107,13 @@ class Weights:
 
 
 def weights(large: bool) -> list[Weights]:
-    small = nn.ModuleList(nn.Linear(32, 32) for _ in range(150))
-    lists = [Weights("300 small tensors (150 of 32 x 32, 150 of 32)", small), Weights("ResNet-50", resnet50())]
+    lists = [small(32), small(64), Weights("ResNet-50", resnet50())]
     return [*lists, Weights("GPT-2 124M", gpt2())] if large else lists
+
+
+def small(size: int) -> Weights:
+    layers = nn.ModuleList(nn.Linear(size, size) for _ in range(150))
+    return Weights(f"300 small tensors (150 of {size} x {size}, 150 of {size})", layers)
 
 
 def resnet50() -> nn.Module:
