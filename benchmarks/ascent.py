@@ -12,7 +12,7 @@ from typing import Any
 
 import pytorch_optimizer
 import torch
-from measure import clocked, median, peak_bytes, ratio, rounds_of, seconds_of
+from measure import clocked, median, operations_of, peak_bytes, ratio, rounds_of, seconds_of
 from torch import Tensor, nn
 from workloads import Weights
 
@@ -22,6 +22,7 @@ Visit = Callable[[Callable[[], object]], None]
 
 RHO = 0.05
 FLOOR = "floor: dot and add, 5 P"
+COMPILED = "asam.ASAM, compile=True"
 
 
 class NoStep(torch.optim.Optimizer):
@@ -99,7 +100,7 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
     plain = Geometry(eta=0, bias="scaled")
     visits = {
         "asam.ASAM": (ours(asam_), asam_.geometry),
-        "asam.ASAM, compile=True": (ours(fast), fast.geometry),
+        COMPILED: (ours(fast), fast.geometry),
         "asam.SAM": (ours(sam), sam.geometry),
         "pytorch_optimizer.SAM": (peer(loop), plain),
         "pytorch_optimizer.SAM, foreach": (peer(foreach), plain),
@@ -111,7 +112,7 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
         f"{FLOOR}, again": clocked(floor),
         "copy, 2 P": clocked(lambda: out.copy_(flat)),
     }
-    errors, peaks = {}, {}
+    errors, operations, peaks = {}, {}, {}
     for name, (visit, geometry) in visits.items():
         install()
         errors[name] = _norm_error(name, visit, geometry, model)
@@ -121,7 +122,9 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
             visit(_nothing)
 
         peaks[name] = peak_bytes(all_of_it) / size - 1  # the gradients themselves
-
+        if name != COMPILED:  # which dispatches none
+            install()
+            operations[name] = operations_of(lambda visit=visit: visit(_nothing))
         variants[name] = timed(visit, install)
     samples = rounds_of(variants, budget)
     rows = [
@@ -129,6 +132,7 @@ def measure_ascent(lists: Weights, budget: float) -> dict[str, Any]:
             "variant": name,
             "milliseconds": 1e3 * median(times),
             "x floor": ratio(times, samples[FLOOR]),
+            "operations": operations.get(name),
             "extra memory / P": peaks.get(name),
             "norm error": errors.get(name),
         }

@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # glibc gives large blocks back to the system as they are freed; the page faults of getting them again bias ratios by
 # 3 to 6 %. It reads these before main() runs, hence the second start.
@@ -106,6 +108,23 @@ def ratio(samples: list[float], reference: list[float], resamples: int = 1000) -
     draws = torch.randint(len(ratios), (resamples, len(ratios)), generator=generator)
     low, high = ratios[draws].quantile(0.5, dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return Interval(float(ratios.quantile(0.5)), float(low), float(high))
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(step: Callable[[], object]) -> int:
+    """Operations that torch dispatches in a call, views included; one on a list of tensors is one."""
+    with _Operations() as operations:
+        step()
+    return operations.count
 
 
 def peak_bytes(step: Callable[[], object]) -> int:

@@ -1,11 +1,14 @@
 import gc
 import multiprocessing
+import signal
 
 import pytest
 import torch
 
 collect_ignore = ["fuzz/coverage_guided.py"]  # a script that needs atheris
 torch.set_num_threads(1)
+# a shell's background job is deaf to Ctrl-C, and so would be all that it starts
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # imported once for all processes that a server forks; not modules of the tests, which it does not find
 PRELOADED = "torch._dynamo torch.distributed.fsdp torch.utils.tensorboard sklearn.datasets asam.experiments.runs"
 multiprocessing.set_forkserver_preload([*PRELOADED.split(), "asam.experiments.sessions", "asam.experiments.cli"])
