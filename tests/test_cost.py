@@ -206,3 +206,13 @@ def test_the_ascent_gradient_is_let_go_block_by_block(monkeypatch):
     assert grads == []
     assert max(used) <= size + 200
     assert used[-1] <= size + 200
+
+
+def test_the_graph_is_looked_at_once_while_the_same_gradients_are_missing(monkeypatch):
+    looks = []
+    monkeypatch.setattr("asam.passes.check_reaches_parameters", looks.append)
+    model, inputs = nn.ModuleList([nn.Linear(3, 1), nn.Linear(3, 1)]), torch.randn(4, 3)
+    asam = ASAM(model)
+    for used in (0, 0, 0, 1, 1, 0):
+        asam.backward(lambda used=used: model[used](inputs).square().mean())
+    assert len(looks) == 3
