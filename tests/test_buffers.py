@@ -2,11 +2,13 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
 from slow_reference import assert_same, weights
 from torch import nn
+from torch.nn.utils import parametrize
 
 from asam import ASAM, SAM, SharpnessAwareOptimizer
 
@@ -264,3 +266,20 @@ def test_a_buffer_that_grows_in_place_grows_once():
         asam.backward(lambda: model(inputs).square().mean())
         assert model[1].seen.tolist() == [1] * (2 + steps)
         assert model[2].num_batches_tracked == steps
+
+
+class Symmetric(nn.Module):
+    def forward(self, x):
+        return (x.triu() + x.triu(1).mT).exp()  # which saves its result for the backward pass
+
+
+def test_weights_that_a_parametrization_caches():
+    model, inputs = nn.Linear(4, 4, bias=False).double(), torch.randn(3, 4, dtype=torch.float64)
+    parametrize.register_parametrization(model, "weight", Symmetric())
+    found = []
+    for context in (nullcontext, parametrize.cached):
+        model.zero_grad()
+        with context():
+            ASAM(model).backward(lambda: model(inputs).square().mean())
+        found.append(model.parametrizations.weight.original.grad)
+    assert torch.equal(*found)

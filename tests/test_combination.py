@@ -94,7 +94,7 @@ def test_what_is_not_perturbed_gets_the_gradient_at_w_plus_e():
     assert_near(gradients(training.model), expected)
 
 
-def test_a_gradient_at_w_alone_counts_and_one_at_w_plus_e_alone_stays():
+def test_gradients_at_w_alone_and_at_w_plus_e_alone_count():
     model = nn.ModuleDict({name: nn.Linear(3, 1, bias=False) for name in "abc"}).double()
     inputs = torch.randn(5, 3, dtype=torch.float64)
     passes = iter(["ab", "bc"])
@@ -104,9 +104,11 @@ def test_a_gradient_at_w_alone_counts_and_one_at_w_plus_e_alone_stays():
 
     g0 = gradient(model["a"], lambda: model["a"](inputs).square().mean())["weight"]
     g1 = gradient(model["c"], lambda: model["c"](inputs).square().mean())["weight"]
-    SAM(model, combine=lambda *_: (0.25, 2.0)).backward(closure)
+    seen = []
+    SAM(model, combine=lambda *products: seen.extend(products) or (0.25, 2.0)).backward(closure)
+    assert float(seen[0] * seen[2]) > float(seen[1]) ** 2 > 0
     torch.testing.assert_close(model["a"].weight.grad, 0.25 * g0)
-    torch.testing.assert_close(model["c"].weight.grad, g1)
+    torch.testing.assert_close(model["c"].weight.grad, 2.0 * g1)
 
 
 @pytest.mark.parametrize("combine", COMBINATIONS)
@@ -241,3 +243,39 @@ def test_it_needs_the_whole_step():
     with pytest.raises(RuntimeError, match=message):
         SharpnessAwareOptimizer(training.asam, training.optimizer).step(lambda: calls.append(1))
     assert calls == []
+
+
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("zero_in", [(1, 2), (1,), (2,)], ids=["both", "the first", "the second"])
+def test_a_gradient_of_zero_is_none(combine, zero_in):
+    # hinge and triplet losses have such batches; the coefficient of the other gradient stays a number
+    model, inputs, calls = nn.Linear(3, 1).double(), torch.randn(4, 3, dtype=torch.float64), []
+
+    def closure():
+        calls.append(None)
+        return model(inputs).sum() * (0.0 if len(calls) in zero_in else 1.0)
+
+    SAM(model, rho=0.1, combine=combine).backward(closure)
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+    if len(zero_in) == 2:
+        assert not any(grad.any() for grad in gradients(model).values())
+
+
+def test_the_largest_of_several_multipliers_is_the_unit():
+    model, inputs = nn.Linear(3, 1).double(), torch.randn(4, 3, dtype=torch.float64)
+    closures = [lambda: model(inputs).square().mean(), lambda: model(inputs).mean()]
+    found = []
+    for multipliers in ((2.0, 0.0), (2.0,)):
+        factors = iter([*multipliers, *multipliers])
+        model.zero_grad()
+        SAM(model, combine=weighted).backward(
+            closures[: len(multipliers)], backward=lambda loss, factors=factors: (loss * next(factors)).backward()
+        )
+        found.append(gradients(model))
+    assert_near(*found)
+
+
+def test_a_coefficient_is_one_number():
+    model = nn.Linear(3, 1)
+    with pytest.raises(ValueError, match=r"^combine must return scalar tensors, got shape \(3,\)$"):
+        SAM(model, combine=lambda *_: (torch.ones(3), 1.0)).backward(lambda: model(torch.ones(2, 3)).sum())

@@ -228,3 +228,30 @@ def test_repr_names_the_direction():
     assert "Gradient(weight=1.0, mean=-1.0, decay=0.6)" in repr(ASAM(model, direction=Gradient(mean=-1, decay=0.6)))
     assert "Momentum(AdamW)" in repr(SAM(model, direction=Momentum(optimizer)))
     assert "Momentum(decay=0.5)" in repr(SAM(model, direction=Momentum(decay=0.5)))
+
+
+@pytest.mark.parametrize("direction", ["away from the mean", "own momentum"])
+def test_a_memory_begins_with_the_first_gradient_that_is_finite(direction):
+    # the first step of a gradient scaler overflows, often the second too
+    results = []
+    for overflows in (0, 2):
+        training = Training(direction)
+        for _ in range(overflows):
+            training.asam.backward(lambda training=training: training.loss(0) * math.inf)
+            training.optimizer.zero_grad()
+        assert training.asam.state_dict()["mean"] == {}
+        for step in range(3):
+            training.asam.backward(lambda training=training, step=step: training.loss(step))
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+        results.append((training.memory(), weights(training.model)))
+    for one, other in zip(*results, strict=True):
+        assert_near(one, other)
+
+
+def test_a_memory_of_weights_of_several_types():
+    model = nn.Sequential(nn.Linear(3, 3, dtype=torch.bfloat16), nn.Linear(3, 1, dtype=torch.float64))
+    asam = ASAM(model, direction=Gradient(mean=-1.0), rounding="stochastic")
+    for _ in range(2):
+        asam.backward(lambda: model[1](model[0](torch.ones(2, 3, dtype=torch.bfloat16)).double()).square().mean())
+    assert all(grad.isfinite().all() for grad in gradients(model).values())

@@ -276,3 +276,34 @@ def test_an_ascent_of_its_own_is_of_no_account():
     loss = training.asam.backward(lambda: training.loss(1), ascent=lambda: calls.append(1))
     assert calls == []
     assert loss.isfinite()
+
+
+def test_an_optimizer_that_trains_another_model_is_refused():
+    model, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    asam = ASAM(model, direction=Momentum(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)))
+    with pytest.raises(RuntimeError, match=r"^SGD holds none of the parameters that are perturbed"):
+        asam.backward(lambda: model(torch.ones(2, 3)).sum())
+
+
+@pytest.mark.parametrize("momentum", [torch.ones(4, 1), torch.ones(4, 3).to_sparse()], ids=["low rank", "sparse"])
+def test_a_momentum_of_another_shape_is_refused(momentum):
+    model = nn.Linear(3, 4, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer.state[model.weight]["momentum_buffer"] = momentum
+    with pytest.raises(RuntimeError, match=r"^SGD keeps a momentum of shape .* for 'weight' of shape \(4, 3\)"):
+        ASAM(model, direction=Momentum(optimizer)).backward(lambda: model(torch.ones(2, 3)).sum())
+
+
+def test_a_closure_that_takes_gradients_itself_does_so_under_enable_grad():
+    model = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    inputs = torch.randn(8, 2, requires_grad=True)
+
+    def closure():
+        with torch.enable_grad():
+            (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+            return slope.square().mean()
+
+    asam = ASAM(model, direction=Momentum())
+    for _ in range(3):
+        assert asam.backward(closure).isfinite()
+    assert model[1].num_batches_tracked == 2  # at w in the first call, before there is a momentum, and in the second

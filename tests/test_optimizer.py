@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from collections import defaultdict
 
 import pytest
 import torch
@@ -274,3 +275,13 @@ def test_step_runs_under_no_grad():
     with torch.no_grad():
         guarded.step(0)
     assert_same(weights(guarded.model), weights(clean.model))
+
+
+def test_groups_and_state_that_are_set_are_the_bases():
+    model = nn.Linear(3, 1)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = SharpnessAwareOptimizer(ASAM(model), base)
+    groups, state = [{**base.param_groups[0], "lr": 0.0}], defaultdict(dict)
+    optimizer.param_groups, optimizer.state = groups, state
+    assert base.param_groups is groups
+    assert base.state is state

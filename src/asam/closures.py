@@ -83,6 +83,14 @@ def descend(
     return total(losses)
 
 
+def unit_of(units: Sequence[Tensor]) -> Tensor:
+    """By what the losses were multiplied, by the largest number where they differ."""
+    if len(units) == 1:
+        return units[0]
+    numbers = torch.stack(list(units))
+    return numbers.take(numbers.abs().argmax())
+
+
 def total(losses: Sequence[Tensor]) -> Tensor:
     """The sum of the losses."""
     scalars = [loss.reshape(()) for loss in losses]

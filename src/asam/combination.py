@@ -10,6 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .closures import unit_of
 from .kernels import wide
 from .sharding import groups, local, summed, widest
 
@@ -19,15 +20,15 @@ Combine = Callable[[Tensor, Tensor, Tensor], tuple[Tensor | float, Tensor | floa
 def combine_(
     combine: Combine,
     params: Sequence[Tensor],
-    at_w: Sequence[Tensor],
+    at_w: Sequence[Tensor | None],
     units: tuple[Sequence[Tensor], Sequence[Tensor]],
 ) -> None:
     """Put ``c0 g0 + c1 g1`` in the place of g1 in ``.grad``.
 
     Args:
         combine: the coefficients from the three inner products, scalar tensors.
-        params: those that were perturbed.
-        at_w: their gradients g0.
+        params: those that have a gradient at w or at w + e.
+        at_w: their gradients g0, None for 0.
         units: by what the losses of the two passes were multiplied before their backward passes, empty for nothing.
 
     Raises:
@@ -37,19 +38,27 @@ def combine_(
         for param in params:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-        g0, g1 = local(list(at_w)), local([param.grad for param in params if param.grad is not None])
+        before = [torch.zeros_like(param) if grad is None else grad for param, grad in zip(params, at_w, strict=True)]
+        g0, g1 = local(before), local([param.grad for param in params if param.grad is not None])
         products = _inner_products(g0, g1, params)
-        unit0, unit1 = (unit[-1].to(products) if unit else 1.0 for unit in units)
-        coefficients = combine(products[0] / unit0**2, products[1] / (unit0 * unit1), products[2] / unit1**2)
+        unit0, unit1 = (unit_of(unit).to(products) if unit else 1.0 for unit in units)
+        # to be divided by: for a gradient of zero too
+        least = torch.finfo(products.dtype).tiny
+        squares = (products[0] / unit0**2).clamp(min=least), (products[2] / unit1**2).clamp(min=least)
+        coefficients = combine(squares[0], products[1] / (unit0 * unit1), squares[1])
         if not isinstance(coefficients, tuple) or len(coefficients) != 2:
             raise TypeError(f"combine must return two coefficients (c0, c1), got {type(coefficients).__name__}")
         for coefficient in coefficients:
             if not isinstance(coefficient, Tensor | Real):
                 raise TypeError(f"combine must return numbers or scalar tensors, got {type(coefficient).__name__}")
-        c0, c1 = coefficients
-        c0 = c0 * (unit1 / unit0)
-        for before, now in zip(g0, g1, strict=True):
-            now.mul_(_like(c1, now)).add_(before * _like(c0, before))
+            if isinstance(coefficient, Tensor) and coefficient.numel() != 1:
+                raise ValueError(f"combine must return scalar tensors, got shape {tuple(coefficient.shape)}")
+        c0, c1 = (torch.as_tensor(c, dtype=products.dtype, device=products.device).reshape(()) for c in coefficients)
+        # whatever has become of the coefficient of a gradient of zero
+        c0 = (c0 * (unit1 / unit0)).masked_fill(products[0] == 0, 0)
+        c1 = c1.masked_fill(products[2] == 0, 0)
+        for gradient, now in zip(g0, g1, strict=True):
+            now.mul_(c1.to(now, non_blocking=True)).add_(gradient * c0.to(gradient, non_blocking=True))
 
 
 def _inner_products(g0: Sequence[Tensor], g1: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
@@ -61,7 +70,3 @@ def _inner_products(g0: Sequence[Tensor], g1: Sequence[Tensor], params: Sequence
         for a, b in ((wide(x), wide(y)) for x, y in zip(g0, g1, strict=True))
     ]
     return summed(parts, [groups(param) for param in params])
-
-
-def _like(coefficient: Tensor | float, tensor: Tensor) -> Tensor | float:
-    return coefficient.to(tensor, non_blocking=True) if isinstance(coefficient, Tensor) else coefficient

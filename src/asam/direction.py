@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .checks import check_count, check_number
+from .closures import unit_of
 from .kernels import HALF, wide
 from .sharding import groups, local, summed, widest
 
@@ -30,22 +31,37 @@ class Mean:
         check_number("decay", decay, "a number >= 0 and < 1", lambda decay: 0 <= decay < 1)
         self.decay = float(decay)
         self.values: dict[str, Tensor] = {}
+        self._empty: Tensor | None = None  # whether no gradient was finite yet, so that all values are 0
 
     def update(self, names: Sequence[str], grads: Sequence[Tensor]) -> None:
         """Take up gradients; the first of a parameter is its mean."""
         with torch.no_grad():
             finite = all_finite(grads)
+            weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
             for name, grad in zip(names, grads, strict=True):
                 here = finite.to(grad.device, non_blocking=True)
                 if name not in self.values:
                     self.values[name] = torch.where(here, wide(grad), 0)
                 else:
                     mean = self.values[name]
-                    mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), 1 - self.decay)
+                    kind = mean.device, mean.dtype
+                    if kind not in weights:
+                        weights[kind] = self._weight(*kind)
+                    mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), weights[kind])
+            if self._empty is None:
+                self._empty = ~finite
+            else:
+                self._empty &= ~finite
+
+    def _weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """That of a new gradient."""
+        weight = torch.full((), 1 - self.decay, dtype=dtype, device=device)
+        return weight if self._empty is None else weight.masked_fill(self._empty.to(device, non_blocking=True), 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The means by the parameters' names, copies."""
-        return {"mean": {name: value.clone() for name, value in self.values.items()}}
+        values = {} if self._empty is not None and self._empty else self.values
+        return {"mean": {name: value.clone() for name, value in values.items()}}
 
     def load(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
         """Take copies of saved means of these parameters.
@@ -67,12 +83,16 @@ class Mean:
             if not value.is_floating_point():
                 raise TypeError(f"state_dict has a mean of {value.dtype} for {name!r}, not of a floating-point type")
         self.values = {name: value.detach().to(params[name].device, copy=True) for name, value in values.items()}
+        self._empty = None
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every element, of the shards of all processes, is finite, as a tensor: no value is read back."""
-    half = any(tensor.dtype in HALF for tensor in tensors)
-    sums = torch._foreach_norm(local(tensors), 1, dtype=torch.float32 if half else None)
+    shards = local(tensors)
+    if any(tensor.dtype in HALF for tensor in shards):
+        sums = [torch.linalg.vector_norm(wide(tensor), 1) for tensor in shards]
+    else:
+        sums = list(torch._foreach_norm(shards, 1))
     home = sums[0].device
     parts = [part.to(home, widest(home), non_blocking=True) for part in sums]
     return summed(parts, [groups(tensor) for tensor in tensors]).isfinite()
@@ -80,7 +100,10 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 
 def in_units(grads: list[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of the loss itself, where a loss scale or a share of a batch multiplied it."""
-    return [wide(grad) / units[-1].to(grad.device, non_blocking=True) for grad in grads] if units else grads
+    if not units:
+        return grads
+    unit = unit_of(units)
+    return [wide(grad) / unit.to(grad.device, non_blocking=True) for grad in grads]
 
 
 class Gradient:
@@ -155,8 +178,9 @@ class Momentum:
             (arXiv:2401.12033). By default the direction has a memory of its own, an exponential mean of the gradients
             at w + e.
         decay: of that mean, >= 0 and < 1.
-        statistics_every: how often running statistics of batch normalization are taken, by a forward pass at w without
-            a gradient: in the first call and then every so many calls. Models without any do without it.
+        statistics_every: how often running statistics of batch normalization are taken, by a forward pass at w under
+            ``torch.no_grad()``: in the first call and then every so many calls. Models without any do without it. A
+            closure that takes gradients itself does so under ``torch.enable_grad()``.
 
     Before there is a momentum, e = 0. rho is larger than that of a gradient: 2 to 10 times.
 
@@ -196,12 +220,25 @@ class Momentum:
         """The momentum of each parameter, the tensors themselves, None where there is none yet.
 
         Raises:
-            RuntimeError: the optimizer keeps no momentum.
+            RuntimeError: the optimizer keeps no momentum, holds none of the parameters, or keeps one of another shape.
         """
         if self._optimizer is None:
             return [self._memory.values.get(name) for name in params]
         states = [self._optimizer.state.get(param, {}) for param in params.values()]
         found = [next((s[key] for key in MOMENTA if s.get(key) is not None), None) for s in states]
+        for (name, param), value in zip(params.items(), found, strict=True):
+            if value is not None and (value.shape != param.shape or value.layout != torch.strided):
+                raise RuntimeError(
+                    f"{type(self._optimizer).__name__} keeps a momentum of shape {tuple(value.shape)}, {value.layout}, "
+                    f"for {name!r} of shape {tuple(param.shape)}: use Momentum() with a memory of its own"
+                )
+        if all(value is None for value in found):
+            held = {param for group in self._optimizer.param_groups for param in group["params"]}
+            if held.isdisjoint(params.values()):
+                raise RuntimeError(
+                    f"{type(self._optimizer).__name__} holds none of the parameters that are perturbed: give Momentum "
+                    "the optimizer that trains this model"
+                )
         # SGD leaves no state at all where it has no momentum
         without = any(states) or all(group.get("momentum") == 0 for group in self._optimizer.param_groups)
         if without and all(value is None for value in found):

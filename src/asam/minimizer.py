@@ -46,8 +46,8 @@ class ASAM:
         direction: what is climbed, the gradient at w by default: a :class:`Gradient` with a mean of earlier ones, or a
             :class:`Momentum`, which costs no pass at w. A memory shared by two ASAM holds the gradients of both.
         combine: takes the inner products <g0, g0>, <g0, g1> and <g1, g1> of the gradients at w and at w + e, scalar
-            tensors, and returns (c0, c1): what is added to ``.grad`` of the perturbed parameters is c0 g0 + c1 g1
-            instead of g1. g0 is kept until then, one more copy of them.
+            tensors (the squares never 0), and returns (c0, c1): what is added to ``.grad`` of the perturbed parameters
+            is c0 g0 + c1 g1 instead of g1. g0 is kept until then, one more copy of them.
         compile: whether the way to w + e runs as compiled code, made in the first step; the model is not compiled. On
             a Linux CPU, for float32, p = 2 and T_w = |w| + eta or 1, by a C++ compiler in a second: about half the
             time for large tensors, three fifths for many small ones. Elsewhere by ``torch.compile`` in some ten
@@ -183,7 +183,7 @@ class ASAM:
             ValueError: a loss is not a scalar, or there is no closure.
             RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, the call is nested in another,
                 ``backward`` is given and DistributedDataParallel has ``static_graph``, or it is not and parameters are
-                behind reentrant activation checkpointing.
+                behind reentrant activation checkpointing or another layer whose backward pass writes ``.grad``.
 
         The weights are w again afterwards, bit for bit, also if a closure raises.
         """
@@ -216,7 +216,9 @@ class ASAM:
             with self._passes.alone() if self._combine else nullcontext():
                 run_at(self._moved(names, params, grads, self.rho), descent)
                 if self._combine:
-                    combine_(self._combine, params, at_w, (units_at_w, units))
+                    met = set(params)
+                    late = [param for param in self._params.values() if param.grad is not None and param not in met]
+                    combine_(self._combine, [*params, *late], [*at_w, *[None] * len(late)], (units_at_w, units))
         return loss
 
     def _without_ascent(

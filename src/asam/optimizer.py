@@ -58,6 +58,12 @@ class SharpnessAwareOptimizer(Optimizer):
             raise AttributeError(name)
         return getattr(self.base_optimizer, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("param_groups", "state", "defaults"):
+            setattr(self.base_optimizer, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __getstate__(self) -> dict[str, Any]:
         return {"asam": self.asam, "base_optimizer": self.base_optimizer}
 
@@ -69,7 +75,8 @@ class SharpnessAwareOptimizer(Optimizer):
 
         Args:
             closure: clears the gradients, computes the loss, calls backward and returns the loss. It runs twice: at w
-                and at w + e (once, if rho is 0).
+                and at w + e (once, if rho is 0). What is in ``.grad`` before is cleared too: to accumulate gradients,
+                call ``asam.backward`` and the base optimizer's own step.
 
         Raises:
             RuntimeError: there is no closure, so that there could be no second pass; a gradient scaler is the caller;

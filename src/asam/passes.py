@@ -93,7 +93,14 @@ class Passes:
         for closure in closures:
             loss = loss_of(closure)
             if params:
+                held = _held(params)
                 new = torch.autograd.grad(loss, params, allow_unused=True)
+                if _held(params) != held:
+                    raise RuntimeError(
+                        "the model's backward pass runs another one, which writes .grad (a reversible layer, a "
+                        "checkpoint of its own): torch.autograd.grad does not see that gradient, pass "
+                        "backward=torch.Tensor.backward"
+                    )
                 # not in place: autograd may hand out one buffer for two parameters
                 grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)] if grads else list(new)
                 missing = [grad is None for grad in new]
@@ -167,6 +174,12 @@ class Passes:
     def _everything(self) -> list[Tensor]:
         # a sharded model may hold whole parameters in place of the shards
         return list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
+
+
+def _held(params: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """What is in .grad: which tensors, of which version."""
+    grads = [param.grad for param in params]
+    return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
 
 def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:

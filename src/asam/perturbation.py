@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from .blocks import AS_IT_STANDS, CPU_BLOCK, Block, Execution
@@ -65,7 +66,7 @@ def perturbed(
         finally:
             _away.pop(id(params), None)
             unsharded.let_go()
-            torch.clear_autocast_cache()
+            forget_weights()
 
     try:
         _away[id(params)] = params
@@ -78,8 +79,7 @@ def perturbed(
                 block.move()
                 block.let_go()
         unsharded.let_go()
-        # autocast keeps its half-precision copies of the weights for as long as its context is open
-        torch.clear_autocast_cache()
+        forget_weights()
         yield
     except BaseException:
         unsharded.abort()
@@ -107,6 +107,12 @@ def run_at(moved: Generator[None, None, None], block: Callable[[], Result]) -> R
         return result
     finally:
         moved.close()
+
+
+def forget_weights() -> None:
+    """Clear what torch keeps of the weights while a context is open: autocast's copies, parametrizations' results."""
+    torch.clear_autocast_cache()
+    parametrize._cache.clear()
 
 
 def _refuse_lost_steps(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -5,6 +5,7 @@ import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning_problem import Module, fit
 
+from asam import ASAM, SharpnessAwareOptimizer
 from asam.integrations.lightning import SharpnessAware
 
 pytestmark = [
@@ -43,6 +44,11 @@ class Searching(Module):
         return torch.optim.LBFGS(self.parameters())
 
 
+class Twice(Module):
+    def configure_optimizers(self):
+        return SharpnessAwareOptimizer(ASAM(self), torch.optim.SGD(self.parameters(), lr=0.1))
+
+
 class Several(Module):
     def configure_optimizers(self):
         return [torch.optim.SGD(layer.parameters(), lr=0.1) for layer in (self.network[0], self.network[4])]
@@ -63,10 +69,11 @@ class Other(SharpnessAware):
             Manual,
             {},
             RuntimeError,
-            r"needs automatic_optimization=True\..*call asam\.backward\(closure\) in training_step",
+            r"needs automatic_optimization=True\..*call asam\.backward\(closure, backward=self\.manual_backward\)",
         ),
         (Iterating, {}, RuntimeError, "let training_step take batch, not dataloader_iter"),
         (Searching, {}, TypeError, "must take its step from the gradient, and LBFGS evaluates the loss itself"),
+        (Twice, {}, TypeError, "must not return a SharpnessAwareOptimizer beside SharpnessAware"),
         (Module, {"strategy": Engine}, TypeError, "must leave the backward pass to the module, as Engine does not"),
         (Module, {"callbacks": [Other]}, RuntimeError, "must hold one SharpnessAware, got more"),
         # Lightning's own

@@ -121,3 +121,46 @@ def test_reentrant_checkpointing_is_refused_after_a_step_without_it():
     asam.backward(lambda: heads[0](inputs).square().mean())
     with pytest.raises(RuntimeError, match=r"parameters behind .* with use_reentrant=True have no gradient"):
         asam.backward(lambda: heads[2](checkpoint(heads[1], inputs, use_reentrant=True)).square().mean())
+
+
+class Reversible(torch.autograd.Function):
+    """A layer that is run again in the backward pass, by hand."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(x), grad)
+        return x.grad, None
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_layer_whose_backward_pass_writes_grad_is_refused(accumulated):
+    layers = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 1)]).double()
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+
+    def closure():
+        return Reversible.apply(torch.tanh(layers[0](inputs)), layers[1]).square().mean()
+
+    if accumulated:
+        closure().backward()
+    before = weights(layers)
+    asam = ASAM(layers)
+    with pytest.raises(
+        RuntimeError, match=r"another one, which writes \.grad .* pass backward=torch\.Tensor\.backward"
+    ):
+        asam.backward(closure)
+    assert_same(weights(layers), before)
+    layers.zero_grad()
+    asam.backward(closure, backward=torch.Tensor.backward)
+    expected = copy.deepcopy(layers)
+    expected.zero_grad()
+    ASAM(expected).backward(lambda: expected[1](torch.tanh(expected[0](inputs))).square().mean())
+    assert_near(gradients(layers), gradients(expected))

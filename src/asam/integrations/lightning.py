@@ -17,6 +17,7 @@ from torchmetrics import Metric
 
 from ..checks import check_rho
 from ..minimizer import ASAM
+from ..optimizer import SharpnessAwareOptimizer
 from ..parameters import selected_parameters
 
 try:
@@ -37,7 +38,7 @@ class SharpnessAware(Callback):
 
     Raises:
         TypeError, ValueError: an argument is not one of the above; when a fit starts, ``params`` are not the module's,
-            or the strategy (DeepSpeed, FSDP1) or the optimizer (LBFGS) cannot work.
+            or the strategy (DeepSpeed, FSDP1) or the optimizer (LBFGS, SharpnessAwareOptimizer) cannot work.
         RuntimeError: when a fit starts, optimization is manual, ``training_step`` takes a ``dataloader_iter``, or the
             trainer has another callback of this kind.
 
@@ -147,7 +148,8 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
     if not pl_module.automatic_optimization:
         raise RuntimeError(
             "SharpnessAware needs automatic_optimization=True. With manual optimization, make an ASAM of the model and "
-            "call asam.backward(closure) in training_step, in the place of self.manual_backward(loss)"
+            "call asam.backward(closure, backward=self.manual_backward) in training_step, in the place of "
+            "self.manual_backward(loss)"
         )
     if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
         raise RuntimeError("SharpnessAware needs each batch twice: let training_step take batch, not dataloader_iter")
@@ -158,6 +160,11 @@ def _check(trainer: Trainer, pl_module: LightningModule) -> None:
         )
     if any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers):
         raise TypeError("the optimizer must take its step from the gradient, and LBFGS evaluates the loss itself")
+    if any(isinstance(optimizer, SharpnessAwareOptimizer) for optimizer in trainer.optimizers):
+        raise TypeError(
+            "configure_optimizers must not return a SharpnessAwareOptimizer beside SharpnessAware, which would perturb "
+            "the weights twice: return its base optimizer"
+        )
 
 
 def _step_again(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..perturbation import Buffers, RandomState, copies
+from ..perturbation import Buffers, RandomState, copies, forget_weights
 from .batches import Piece
 
 
@@ -53,6 +53,7 @@ class Evaluation:
 
         None: to w itself.
         """
+        forget_weights()
         with torch.no_grad():
             data = [param.data for param in self._params]
             if perturbation is None:
