@@ -95,7 +95,13 @@ def archive_like_the_real_one(path):
         add(archive, "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz", inner.getvalue())
 
 
-@pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.py")))
+@pytest.mark.parametrize(
+    "example",
+    [
+        pytest.param(path.name, marks=[pytest.mark.fsdp2] if path.name == "fsdp2.py" else [])
+        for path in sorted(EXAMPLES.glob("*.py"))
+    ],
+)
 def test_an_example_runs(example, tmp_path):
     if example == "transformers_sentences.py":
         archive_like_the_real_one(tmp_path / "sentences.tar.gz")

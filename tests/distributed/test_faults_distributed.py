@@ -98,9 +98,9 @@ def assert_weights_are_w(left):
         (replicas, fail, "ascent", 1),
         (replicas, fail, "descent", 1),
         (replicas, fail, "between", 1),
-        (shards, killed, "ascent", -signal.SIGKILL),
-        (shards, die, "descent", 7),
-        (shards, fail, "descent", 1),
+        pytest.param(shards, killed, "ascent", -signal.SIGKILL, marks=pytest.mark.fsdp2),
+        pytest.param(shards, die, "descent", 7, marks=pytest.mark.fsdp2),
+        pytest.param(shards, fail, "descent", 1, marks=pytest.mark.fsdp2),
     ],
 )
 def test_the_others_fail_soon_and_hold_w(make, act, place, code, tmp_path):

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, M
 from asam import ASAM
 
 
+@pytest.mark.fsdp2
 def test_what_two_shards_keep(tmp_path):
     launch(
         tmp_path,
