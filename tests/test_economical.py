@@ -9,6 +9,7 @@ import pytest
 import torch
 from slow_reference import assert_same, gradients, weights
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from trainings import Training, sgd
 
 from asam import ASAM, EconomicalASAM, Momentum
@@ -195,3 +196,15 @@ def test_a_bad_state_dict(flawed, error, message):
         training.asam.load_state_dict(flawed({**state, "calls": 9}))
     assert training.asam.state_dict()["calls"] == 1
     assert training.asam.exact.rho == state["exact"]["rho"]
+
+
+def test_what_exact_steps_refuse_is_told_in_the_first():
+    layer, inputs = nn.Linear(4, 4), torch.randn(5, 4, requires_grad=True)
+    asam = EconomicalASAM(layer, steps=100)
+
+    def closure():
+        return checkpoint(layer, inputs, use_reentrant=True).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"parameters behind .* with use_reentrant=True have no gradient"):
+        asam.backward(closure)
+    asam.backward(closure, backward=torch.Tensor.backward)

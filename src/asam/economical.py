@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checks import check_count, check_number
-from .closures import Closure
+from .closures import Closure, as_closures, check_reaches_parameters
 from .direction import Momentum
 from .minimizer import ASAM
 
@@ -118,6 +118,8 @@ class EconomicalASAM:
             self._last = self.exact
         else:
             self._last = self._resting if self._calls < self._warmup else self.momentum
+        if self._calls == 0 and not self.exact._passes.through_grad(backward):
+            closure = [_refused_early(item) for item in as_closures("closure", closure)]
         loss = self._last.backward(closure, ascent=ascent, backward=backward)
         self._calls += 1
         return loss
@@ -147,3 +149,15 @@ class EconomicalASAM:
             self.exact.load_state_dict(before)
             raise
         self._calls = state_dict["calls"]
+
+
+def _refused_early(closure: Closure) -> Closure:
+    """The closure, which tells in the first step what the exact ones would tell at the end of a training."""
+
+    def looked_at() -> Tensor:
+        loss = closure()
+        if isinstance(loss, Tensor):
+            check_reaches_parameters(loss)
+        return loss
+
+    return looked_at

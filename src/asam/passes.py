@@ -50,6 +50,11 @@ class Passes:
         self._caller = caller
         self._missing: list[bool] | None = None  # the parameters without a gradient, last time
 
+    def through_grad(self, backward: Callable[[Tensor], Any] | None) -> bool:
+        """Whether the gradients at w can be had in ``.grad`` alone."""
+        # the graph of a sharded model ends in whole parameters that come and go
+        return self._sharded or backward is not None
+
     def ascend(
         self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, *, averaged: bool
     ) -> Ascent:
@@ -60,8 +65,7 @@ class Passes:
             backward: the user's, None for ``loss.backward()``.
             averaged: whether the gradients are averaged over the replicas.
         """
-        # the graph of a sharded model ends in whole parameters that come and go: its gradients are in .grad alone
-        through = self._sharded or backward is not None
+        through = self.through_grad(backward)
         units: list[Tensor] = []
         with self._replicas.apart(accumulating=through):
             if through:
