@@ -25,7 +25,8 @@ class SharpnessAwareTrainer(Trainer):
         args, kwargs: Trainer's own.
         asam: makes an :class:`ASAM` or :class:`SAM` of the model that it is given, the wrapped one:
             ``partial(ASAM, rho=0.5)``. It is called once for the arguments to be checked, and again when training
-            starts. The result is ``trainer.asam``, whose ``rho`` may be set at any time, by a callback for example.
+            starts, so ``params`` in it must be a list, not an iterator. The result is ``trainer.asam``, whose ``rho``
+            may be set at any time, by a callback for example.
 
     Raises:
         TypeError, ValueError: ``asam`` or what it makes is not one, or has a direction with a memory or a ``combine``,
