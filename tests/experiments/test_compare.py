@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from asam.experiments import report
 from asam.experiments.cli import run
 
 SMALL = ["--seeds", "2", "--epochs", "2"]
@@ -53,6 +54,13 @@ def test_page_is_self_contained_and_holds_every_plot(finished):
     assert page.count("<svg") == 3
     assert "<script" not in page
     assert not [word for word in page.split() if word.startswith(('src="http', 'href="http'))]
+
+
+@pytest.mark.parametrize(("number", "said"), [(1, "1 seed, 1 epoch;"), (2, "2 seeds, 2 epochs;")])
+def test_page_counts_seeds_and_epochs(finished, number, said):
+    found = json.loads((finished / "results.json").read_text())
+    found["comparison"].update(seeds=number, epochs=number)
+    assert said in report.page(found)
 
 
 def test_finished_comparison_is_not_overwritten(asam, finished):

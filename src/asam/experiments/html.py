@@ -12,7 +12,7 @@ figure svg{width:100%;height:auto;display:block} figcaption{color:#475569;font-s
 .table{overflow-x:auto;background:#fff;border:1px solid #e2e8f0;border-radius:8px}
 table{border-collapse:collapse;width:100%;font-size:.88rem;font-variant-numeric:tabular-nums}
 th,td{padding:7px 9px;text-align:right;border-bottom:1px solid #e2e8f0} th:first-child,td:first-child{text-align:left}
-tr:last-child td{border-bottom:0} .asam td{font-weight:600;color:#1d4ed8}
+tr:last-child td{border-bottom:0} .number{white-space:nowrap} .asam td{font-weight:600;color:#1d4ed8}
 .small{color:#475569;font-size:.88rem} code{overflow-wrap:anywhere}
 """
 
@@ -32,11 +32,16 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "".join(
         f'<tr class="{"asam" if row[0] == "ASAM" else ""}">'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        + "".join(f"<td{_number(cell)}>{escape(cell)}</td>" for cell in row)
         + "</tr>"
         for row in rows
     )
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _number(cell: str) -> str:
+    """The class of a cell of numbers, such as "79.1 ± 0.2", "1 + 2e-16" or "8 (edge)": they stay on one line."""
+    return ' class="number"' if cell[:1] in tuple("0123456789+-.") else ""
 
 
 def figure(title: str, svg: str, caption: str) -> str:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ..measure import LossLine, LossPlane, interpolate, loss_line, loss_plane, random_direction
 from ..measure.page import landscape_page
-from ..measure.plots import plot_line, plot_plane
+from ..measure.plots import log_ticks, plot_line, plot_plane, styles
 from . import InputError
 from .files import write
 from .targets import Target, counted
@@ -112,22 +112,29 @@ def _planes(slices: Slices) -> str:
     for axes, (name, plane) in zip(grid, slices.planes.items(), strict=True):
         contours = plot_plane(axes, plane, **style)
         axes.set_title(name, fontsize=10)
-    figure.colorbar(contours, ax=grid, format="%.2g", label="loss")
+        axes.locator_params(axis="x", nbins=5)  # labels of two decimals have room
+    bar = figure.colorbar(contours, ax=grid, label="loss")
+    if style:
+        ticks = log_ticks(levels[0], levels[-1])
+        bar.set_ticks(list(ticks), labels=list(ticks.values()))
     return _svg(figure)
 
 
 def _lines(slices: Slices) -> str:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
-    kinds = [(slices.lines, "position along the first direction")]
-    if slices.interpolations:
-        kinds.append((slices.interpolations, "position from one network, 0, to the next, 1"))
-    for axes, (lines, label) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+    kinds = [(slices.lines, styles(slices.lines), "position along the first direction")]
+    if ways := slices.interpolations:  # from one method to another: in the color of neither
+        kinds.append((ways, styles(ways, {}), "position from one network, 0, to the next, 1"))
+    for axes, (lines, styled, label) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for name, line in lines.items():
-            plot_line(axes, line, label=name)
+            color, dashes = styled[name]
+            plot_line(axes, line, label=name, color=color, linestyle=("-", "--", ":", "-.")[dashes])
         axes.set_xlabel(label)
+        axes.locator_params(axis="x", nbins=5)
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter("{x:.2g}")
-        axes.yaxis.set_minor_formatter("{x:.2g}")
+        ticks = log_ticks(*axes.get_ylim())
+        axes.set_yticks(list(ticks), list(ticks.values()))
+        axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
 

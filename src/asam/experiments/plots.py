@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from ..measure.plots import METHODS
 from .statistics import mean_sd
 
 matplotlib.use("Agg")
-COLORS = {"SGD": "#64748b", "SAM": "#d97706", "ASAM": "#2563eb"}
+COLORS = {name.upper(): color for name, color in METHODS.items()}
 PALETTE = ("#16a34a", "#db2777", "#7c3aed", "#0891b2", "#ca8a04", "#dc2626", "#0f766e", "#9333ea", "#65a30d", "#be185d")
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -43,7 +44,8 @@ def dots(values: Mapping[str, Sequence[float]], quantity: str, *, from_zero: boo
             color = color_of(label)
             mean, sd = mean_sd(list(row))
             axes.scatter(row, np.full(len(row), y), s=18, color=color, alpha=0.45, linewidths=0)
-            axes.errorbar(mean, y + 0.22, xerr=sd, color=color, marker="D", markersize=5, capsize=3)
+            spread = sd if len(row) > 1 else None
+            axes.errorbar(mean, y + 0.22, xerr=spread, color=color, marker="D", markersize=5, capsize=3)
         axes.set_yticks(range(len(labels)), labels)
         axes.set_ylim(-0.6, len(labels) - 0.4)
         if from_zero:

@@ -10,8 +10,8 @@ from .statistics import mean_sd
 
 HEADINGS = ("method", "test error %", "training error %", "generalization gap", "gradient passes", "time per step")
 NOTES = (
-    "Mean and standard deviation over seeds, at the last epoch. A seed fixes split, noisy labels, initial weights and "
-    "batches, the same for every method.",
+    "Mean and standard deviation over seeds (of a single one, its value), at the last epoch. A seed fixes split, noisy "
+    "labels, initial weights and batches, the same for every method.",
     "The training labels are noisy, the test labels are clean. The generalization gap is the error on test labels with "
     "the same noise, minus the training error.",
     "Gradient passes and time per step are relative to SGD; the time is the process's CPU time, median over seeds.",
@@ -44,8 +44,9 @@ def page(found: dict[str, Any]) -> str:
     """The page, HTML with the plots inside; it loads nothing."""
     comparison, environment = found["comparison"], found["environment"]
     summary = (
-        f"{comparison['dataset']}, {comparison['model']}, {comparison['noise']:.0%} label noise, {comparison['seeds']} "
-        f"seeds, {comparison['epochs']} epochs; SAM rho {comparison['rho_sam']:g}, ASAM rho {comparison['rho_asam']:g}"
+        f"{comparison['dataset']}, {comparison['model']}, {comparison['noise']:.0%} label noise, "
+        f"{_count(comparison['seeds'], 'seed')}, {_count(comparison['epochs'], 'epoch')}; "
+        f"SAM rho {comparison['rho_sam']:g}, ASAM rho {comparison['rho_asam']:g}"
     )
     figures = (
         ("Test error", plots.errors(found), "A dot a seed, grey lines between the same seeds; diamonds: mean and sd."),
@@ -65,4 +66,8 @@ def page(found: dict[str, Any]) -> str:
 
 def _pair(values: list[float]) -> str:
     mean, sd = mean_sd(values)
-    return f"{mean:.1f} ± {sd:.1f}"
+    return f"{mean:.1f} ± {sd:.1f}" if len(values) > 1 else f"{mean:.1f}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

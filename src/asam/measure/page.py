@@ -1,10 +1,12 @@
 """An interactive page of loss surfaces in three dimensions, side by side on one scale."""
 
+import math
 from collections.abc import Mapping
 from html import escape
 from typing import Any
 
 from .landscape import LossLine, LossPlane
+from .plots import METHODS, log_ticks, styles
 
 STYLE = """
 body{font:16px/1.55 system-ui,sans-serif;color:#0f172a;background:#f8fafc;margin:0}
@@ -14,7 +16,6 @@ h1{font-size:1.7rem;margin:0 0 4px} h2{font-size:1.15rem;margin:28px 0 8px}
 .card{background:#fff;border:1px solid #e2e8f0;border-radius:8px;padding:8px;min-width:0}
 .card h3{font-size:.95rem;margin:4px 8px} .small{color:#475569;font-size:.88rem}
 """
-COLORS = ("#2563eb", "#d97706", "#64748b", "#059669", "#be185d", "#7c3aed")
 
 
 def landscape_page(
@@ -52,20 +53,21 @@ def landscape_page(
         for (name, plane), z in zip(planes.items(), surfaces, strict=True)
     )
     sections = f'<div class="grid">{cards}</div>'
-    for heading, axis, found in (
-        ("Along the first direction", "position along the direction", lines),
-        ("On the straight way from one to the next", "from the first, 0, to the second, 1", interpolations),
+    for heading, axis, found, methods in (
+        ("Along the first direction", "position along the direction", lines, METHODS),
+        ("On the straight way from one to the next", "from the first, 0, to the second, 1", interpolations, {}),
     ):
-        if found:
-            sections += f'<h2>{heading}</h2><div class="card">{place(_lines_plot(found, axis, mean), "lines")}</div>'
+        if found:  # a way from one method to another has the color of neither
+            plot = place(_lines_plot(found, axis, mean, methods), "lines")
+            sections += f'<h2>{heading}</h2><div class="card">{plot}</div>'
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><link rel="icon" href="data:,">'
         f"<title>{escape(title)}</title><style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><main>"
         f'<h1>{escape(title)}</h1><p class="small">The {escape(mean)} over a plane of two random directions through '
         "the weights, which are at (0, 0). Each direction has, filter by filter, the norm of the weights. Height and "
-        "color are logarithmic and the same for all. Drag to turn, scroll to zoom, hover for values. A picture of two "
-        "directions out of very many: flat here does not mean flat.</p>"
+        f"color are the {escape(mean)}, logarithmic and the same for all. Drag to turn, scroll to zoom, hover for "
+        "values. A picture of two directions out of very many: flat here does not mean flat.</p>"
         f"{sections}</main><script>const figures=[{','.join(figure.to_json() for figure in figures)}];{DRAW}</script>"
         "</body></html>\n"
     )
@@ -92,12 +94,13 @@ def _surface(plane: LossPlane, mean: str) -> list[list[float | None]]:
 def _surface_plot(plane: LossPlane, z: list[list[float | None]], low: float, high: float, mean: str) -> Any:
     import plotly.graph_objects as go
 
-    ticks = _ticks(low, high)
+    ticks = log_ticks(10**low, 10**high)
+    margin = 0.15 * (high - low) or 0.1  # the lowest label is not to meet that of the corner
     axis = {
-        "title": {"text": mean},
-        "range": [low, high],
-        "tickvals": ticks,
-        "ticktext": [f"{10**t:.2g}" for t in ticks],
+        "title": {"text": ""},  # it would be cut: it stands left of the labels
+        "range": [low - margin, high + (margin if low == high else 0)],
+        "tickvals": [math.log10(tick) for tick in ticks],
+        "ticktext": list(ticks.values()),
     }
     surface = go.Surface(
         x=plane.x.tolist(),
@@ -128,25 +131,30 @@ def _surface_plot(plane: LossPlane, z: list[list[float | None]], low: float, hig
             "xaxis": {"title": {"text": "first"}},
             "yaxis": {"title": {"text": "second"}},
             "zaxis": axis,
-            "camera": {"eye": {"x": 1.5, "y": -1.75, "z": 1.0}},
+            # so far away that the labels stay inside the narrowest card
+            "aspectmode": "cube",
+            "camera": {"eye": {"x": 1.75, "y": -2.05, "z": 1.15}, "center": {"x": 0, "y": 0, "z": -0.1}},
         },
     )
     return figure
 
 
-def _lines_plot(lines: Mapping[str, LossLine], axis: str, mean: str) -> Any:
+def _lines_plot(lines: Mapping[str, LossLine], axis: str, mean: str, methods: Mapping[str, str]) -> Any:
     import plotly.graph_objects as go
 
+    styled = styles(lines, methods)
+    seen = [value for line in lines.values() for value in line.values[mean].tolist() if 0 < value < float("inf")]
+    decade = bool(seen) and 8 * min(seen) < max(seen) < 100 * min(seen)
     figure = go.Figure(
         [
             go.Scatter(
                 x=line.positions.tolist(),
                 y=[value if abs(value) < float("inf") else None for value in line.values[mean].tolist()],
                 name=name,
-                line={"color": COLORS[i % len(COLORS)]},
+                line={"color": styled[name][0], "dash": ("solid", "dash", "dot", "dashdot")[styled[name][1]]},
                 hovertemplate="%{x:.3g}: %{y:.4g}",
             )
-            for i, (name, line) in enumerate(lines.items())
+            for name, line in lines.items()
         ]
     )
     figure.update_layout(
@@ -155,12 +163,9 @@ def _lines_plot(lines: Mapping[str, LossLine], axis: str, mean: str) -> Any:
         template="plotly_white",
         hovermode="x unified",
         xaxis={"title": {"text": axis}},
-        yaxis={"title": {"text": mean}, "type": "log"},
-        legend={"orientation": "h", "y": 1.12},
+        # plotly writes 2 for 0.2 and, of a single decade, 7, 8 and 9 over each other
+        yaxis={"title": {"text": mean}, "type": "log", "tickformat": ".12~g", "nticks": 3 if decade else 6},
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         showlegend=True,
     )
     return figure
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    return [low + (high - low) * i / 4 for i in range(5)]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .lanczos import SpectralDensity
@@ -10,6 +13,9 @@ from .worst_case import SharpnessProfile
 
 if TYPE_CHECKING:  # matplotlib is needed by those who draw only
     from matplotlib.axes import Axes
+
+METHODS = {"sgd": "#64748b", "sam": "#d97706", "asam": "#2563eb"}  # the same on every page
+OTHERS = ("#059669", "#be185d", "#7c3aed", "#0891b2", "#dc2626")
 
 
 def plot_line(axes: Axes, line: LossLine, *, mean: str = "loss", **style: Any) -> None:
@@ -91,6 +97,49 @@ def plot_density(axes: Axes, density: SpectralDensity, **style: Any) -> None:
     axes.semilogy(density.grid.numpy(), density.density.clamp(min=1e-8).numpy(), **style)
     axes.set_xlabel("eigenvalue")
     axes.set_ylabel("density")
+
+
+def log_ticks(low: float, high: float) -> dict[float, str]:
+    """Three to seven round values for a logarithmic axis from ``low`` to ``high``, and their labels, no two alike.
+
+    Example:
+        >>> list(log_ticks(2.205, 2.291).values()), list(log_ticks(0.004, 12).values())
+        (['2.22', '2.24', '2.26', '2.28'], ['0.01', '0.1', '1', '10'])
+    """
+    powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
+    every = -(-len(powers) // 5)
+    if len(powers) >= 3:
+        ticks = [10.0**power for power in powers[::every]]
+    elif high - low <= 1e-11 * high:  # flat, but for rounding
+        return {low: f"{low:.3g}"}
+    else:
+        around = [10.0**power for power in range(powers.start - 1, powers.stop + 1)]
+        ticks = [ten * one for ten in around for one in (1, 3) if low <= ten * one <= high]
+        if len(ticks) < 3:  # evenly spaced
+            coarse = (high - low) / 6
+            ten = 10.0 ** math.floor(math.log10(coarse))
+            step = next(ten * one for one in (1, 2, 2.5, 5, 10) if ten * one >= coarse)
+            ticks = [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+    short = all(math.isclose(float(f"{tick:g}"), tick, rel_tol=1e-11) for tick in ticks)
+    return {tick: f"{tick:g}" if short else f"{tick:.12g}" for tick in ticks}
+
+
+def styles(names: Iterable[str], methods: Mapping[str, str] = METHODS) -> dict[str, tuple[str, int]]:
+    """A color and a number of dashes for each name: as in the reports where it begins with a method's.
+
+    Example:
+        >>> styles(["sgd-x1-seed0", "sgd-x1-seed1", "mine"])
+        {'sgd-x1-seed0': ('#64748b', 0), 'sgd-x1-seed1': ('#64748b', 1), 'mine': ('#059669', 0)}
+    """
+    found: dict[str, tuple[str, int]] = {}
+    others = 0
+    for name in names:
+        color = methods.get(re.split("[^a-z]", name.lower(), maxsplit=1)[0])
+        if color is None:
+            color = OTHERS[others % len(OTHERS)]
+            others += 1
+        found[name] = (color, sum(color == used for used, _ in found.values()) % 4)
+    return found
 
 
 def _finite(values: Any) -> Any:

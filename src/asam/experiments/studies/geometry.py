@@ -166,8 +166,8 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         "Loss contours and the regions in which sharpness is taken",
         f"The loss (w1 relu(w2) - {TARGET:g})^2 / 2, light where it is low; its valley is dotted. w = ({w1:g}, {w2:g}) "
         f"and Aw = ({a * w1:g}, {w2 / a:g}) are the same network. A star marks the worst point of its region, and the "
-        "broken line of its color runs through all weights of that loss: a line for each point with a fixed ball, the "
-        "same line for both with a normalized one.",
+        "broken line of its color runs through all weights of that loss: with a fixed ball a line for each point; with "
+        "a normalized one the same line for both, on which the dashes of the two colors alternate.",
         plots.svg(lambda *axes: _draw(axes, runs, outcomes), (9, 9), columns=2, rows=2),
     )
     notes = (
