@@ -58,3 +58,8 @@ def test_small_numbers_in_half_precision_do_not_vanish(normalization, dtype):
     assert e.dtype == dtype
     # a last digit; the scales of rows are of half precision themselves
     torch.testing.assert_close(e.double(), exact, rtol=3 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_the_norm_of_no_elements():
+    nothing = {"a": torch.empty(0, 3)}
+    assert Geometry().norm(nothing, nothing) == 0

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checks import check_count, check_number
-from .closures import Closure, as_closures, check_reaches_parameters
+from .closures import Closure, as_closures, check_reaches_parameters, checked
 from .direction import Momentum
 from .minimizer import ASAM
 
@@ -155,9 +155,8 @@ def _refused_early(closure: Closure) -> Closure:
     """The closure, which tells in the first step what the exact ones would tell at the end of a training."""
 
     def looked_at() -> Tensor:
-        loss = closure()
-        if isinstance(loss, Tensor):
-            check_reaches_parameters(loss)
+        loss = checked(closure())
+        check_reaches_parameters(loss)
         return loss
 
     return looked_at
