@@ -132,6 +132,7 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, t
         (["--noise", "1.5"], "--noise"),
         (["--rho-asam", "nan"], "--rho-asam"),
         (["--rho-sam", "-1"], "--rho-sam"),
+        (["--rho-sam", "1e39"], "--rho-sam must be a number > 0 and < 1e+18, got 1e+39"),
         (["--dataset", "cifar"], "--dataset"),
         (["--dataset", "fashion-mnist", "--data-dir", "/nowhere"], "/nowhere"),
         (["--data-dir", "/nowhere"], "digits come with scikit-learn: leave --data-dir out"),

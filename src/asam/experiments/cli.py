@@ -1,7 +1,6 @@
 """The command line. Bad input gives one line on standard error and exit code 2."""
 
 import json
-import math
 import os
 import sys
 from dataclasses import asdict
@@ -16,10 +15,10 @@ from .. import __version__
 from . import InputError
 from .files import plain
 from .options import with_run_options
+from .run import LARGEST
 from .terminal import counted, progress, refusals
 
 INTERRUPTED = 130
-LARGEST = 1e18  # squares of larger numbers leave the range of float32
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -78,8 +77,8 @@ def compare(
     if not 0 <= noise < 1:
         raise InputError(f"--noise must be at least 0 and less than 1, got {noise:g}")
     for name, rho in (("--rho-sam", rho_sam), ("--rho-asam", rho_asam)):
-        if not (0 < rho < math.inf):
-            raise InputError(f"{name} must be a finite number > 0, got {rho:g}")
+        if not 0 < rho < LARGEST:
+            raise InputError(f"{name} must be a number > 0 and < {LARGEST:g}, got {rho:g}")
 
     from .compare import Comparison, cost, execute, prepare, results, verdict
     from .data import load
