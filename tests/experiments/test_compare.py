@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,35 @@ def test_finished_comparison_is_not_overwritten(asam, finished):
     assert (done.code, len(done.said)) == (2, 1)
     assert "--force" in done.said[0]
     assert (finished / "results.json").stat().st_mtime_ns == before
+
+
+DAMAGED = ["", "{}", "[" * 10**5, '{"outcome": {}}', '{"outcome": {"curves": 1}}']
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED, '{"outcome": OUTCOME, "test_error": "1"}}', '{"outcome": OUTCOME, "curves": []}}']
+)
+def test_a_run_that_is_damaged(asam, finished, tmp_path, content):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "results.json").unlink()
+    run = tmp_path / "out" / "runs" / "asam-x1-seed0.json"
+    outcome = json.dumps(json.loads(run.read_text())["outcome"])
+    run.write_text(content.replace("OUTCOME", outcome[:-1]))
+    done = asam("compare", *SMALL, "--workers", 1, "--out", "out")
+    assert (done.code, len(done.said)) == (2, 1)
+    assert "out/runs/asam-x1-seed0.json cannot be read (" in done.said[0]
+    assert done.said[0].endswith("): start again with --force")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 10**5])
+def test_a_configuration_that_is_damaged(asam, finished, tmp_path, content):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(content)
+    for option in [], ["--force"]:  # no advice that leads to another refusal
+        done = asam("compare", *SMALL, "--out", "out", *option)
+        assert (done.code, len(done.said)) == (2, 1)
+        assert done.said[0].endswith(": choose another --out")
+    assert (tmp_path / "out" / "results.json").read_bytes() == (finished / "results.json").read_bytes()
 
 
 def test_foreign_folder_is_not_touched(asam, tmp_path):

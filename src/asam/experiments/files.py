@@ -40,16 +40,16 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+def read_json(path: Path, advice: str) -> Any:
+    """What a JSON file holds; ``advice`` is what to do where it is damaged.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): start again with --force") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {advice}") from None
 
 
 def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple[str, ...], force: bool) -> None:
@@ -78,7 +78,8 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
             for file in files:
                 file.unlink(missing_ok=True)
         else:
-            if not path.exists() or read_json(path) != json.loads(json.dumps(config)):
+            # with --force the files of a damaged one would be refused as of something else
+            if not path.exists() or read_json(path, "choose another --out") != json.loads(json.dumps(config)):
                 raise InputError(
                     f"{folder} holds another configuration or other files: choose another --out, or overwrite with "
                     "--force"
@@ -93,5 +94,5 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
 def _is_ours(config: Path) -> bool:
     try:
         return "asam" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
