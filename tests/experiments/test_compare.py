@@ -158,7 +158,10 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, t
     ("arguments", "says"),
     [
         (["--seeds", "0"], "--seeds"),
+        (["--seeds", "99999999999"], "--seeds"),
         (["--epochs", "x"], "--epochs"),
+        (["--epochs", "99999999999999999999"], "--epochs"),
+        (["--workers", "99999999999"], "--workers"),
         (["--noise", "1.5"], "--noise"),
         (["--rho-asam", "nan"], "--rho-asam"),
         (["--rho-sam", "-1"], "--rho-sam"),

@@ -162,6 +162,11 @@ def test_measure_a_checkpoint_of_ones_own(asam, tmp_path, wrapped):
     assert json.loads(out)["training"]["loss"] == Objective(model, loss_fn, data).loss()
 
 
+def test_the_largest_seed(asam):
+    assert asam("measure", "own:make", "--seed", 2**63 - 1, "--json", *QUICK)[0] == 0
+    assert asam("landscape", "own:make", "--seed", 2**63 - 1, "--points", 3)[0] == 0
+
+
 def test_only_so_many_examples(asam):
     code, out, _ = asam("measure", "own:make", "--examples", 21, "--json", *QUICK)
     assert (code, json.loads(out)["examples"]) == (0, 21)
@@ -305,6 +310,9 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
         (["measure", "own:make", "--adaptive-rho", "nan"], "--adaptive-rho must be a number > 0 and < 1e+18, got nan"),
         (["measure", "own:make", "--eta", "-1"], "--eta must be a number >= 0 and < 1e+18, got -1"),
         (["measure", "own:make", "--samples", "3"], "--samples must be even, got 3"),
+        (["measure", "own:make", "--seed", str(2**63)], f"seed must be at least 0 and less than 2**63, got {2**63}"),
+        (["landscape", "own:make", "--seed", "-1"], "seed must be at least 0 and less than 2**63, got -1"),
+        (["landscape", "own:make", "--points", "1002"], "Invalid value for '--points'"),
         (["measure", "own:make", "--steps", "0"], "Invalid value for '--steps'"),
         (["measure", "own:make", "--bias", "free"], "Invalid value for '--bias'"),
         (["landscape"], "Missing argument 'targets'"),

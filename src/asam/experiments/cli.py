@@ -19,6 +19,7 @@ from .run import LARGEST
 from .terminal import counted, progress, refusals
 
 INTERRUPTED = 130
+MANY = 10_000  # runs to name in one plan
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -59,13 +60,13 @@ def compare(
     dataset: Annotated[Literal["digits", "fashion-mnist"], typer.Option(help="Real data.")] = "digits",
     model: Annotated[Literal["mlp", "cnn"], typer.Option(help="The network; cnn has batch norm.")] = "mlp",
     noise: Annotated[float, typer.Option(help="Share of wrong training labels, 0 up to 1.")] = 0.4,
-    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 10,
-    epochs: Annotated[int, typer.Option(help="Epochs (SGD at equal compute: twice).", min=1)] = 60,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1, max=MANY)] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs (SGD at equal compute: twice).", min=1, max=10**6)] = 60,
     rho_sam: Annotated[float, typer.Option(help="Neighborhood size of SAM.")] = 0.4,
     rho_asam: Annotated[float, typer.Option(help="Neighborhood size of ASAM.")] = 3.0,
     data_dir: Annotated[str | None, typer.Option(help="Folder of the files of fashion-mnist.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-compare"),
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = max(1, min(8, os.cpu_count() or 1)),
+    workers: Annotated[int, typer.Option(help="Processes.", min=1, max=1024)] = max(1, min(8, os.cpu_count() or 1)),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -181,7 +182,7 @@ def measure(
 def landscape(
     targets: Annotated[list[str], typer.Argument(help="Runs of asam compare, checkpoints, or module:function.")],
     model: Function = None,
-    points: Annotated[int, typer.Option(help="Points of a plane along each axis.", min=3)] = 25,
+    points: Annotated[int, typer.Option(help="Points of a plane along each axis.", min=3, max=1001)] = 25,
     span: Annotated[float, typer.Option(help="How far, in units of the filters' norms.")] = 1.0,
     examples: Examples = 1024,
     seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
@@ -264,14 +265,14 @@ def train(
 def tune(
     target: Annotated[str, typer.Argument(help="module:function of your own, or a file of values as asam train has.")],
     like: Annotated[str, typer.Option(help="Start from the rho that worked for this; see below.")] = "anything",
-    trials: Annotated[int, typer.Option(help="Trials of the search.", min=1)] = 20,
-    confirmed: Annotated[int, typer.Option(help="Best trials that are trained again.", min=1)] = 3,
-    seeds: Annotated[int, typer.Option(help="Fresh seeds for each of those.", min=1)] = 3,
+    trials: Annotated[int, typer.Option(help="Trials of the search.", min=1, max=MANY)] = 20,
+    confirmed: Annotated[int, typer.Option(help="Best trials that are trained again.", min=1, max=MANY)] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds for each of those.", min=1, max=MANY)] = 3,
     tune_eta: Annotated[bool, typer.Option("--tune-eta", help="Search eta as well.")] = False,
     tune_bias: Annotated[bool, typer.Option("--tune-bias", help="Search the bias policy as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-tune"),
     storage: Annotated[str | None, typer.Option(help="Database that shares the trials, as in reproduce.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1, max=1024)] = 1,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -309,13 +310,13 @@ def reproduce(
     name: Annotated[str, typer.Argument(help="One of the studies above.")],
     quick: Annotated[bool, typer.Option("--quick", help="In miniature, in seconds: shows that it runs.")] = False,
     paper: Annotated[bool, typer.Option("--paper", help="At the paper's own scale: its data, and a GPU.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds.", min=1)] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds.", min=1, max=MANY)] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder of the data, where a study needs one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results (default: asam-NAME).")] = None,
     storage: Annotated[
         str | None, typer.Option(help="Database that shares the runs: postgresql+psycopg://user@host/name.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = max(1, min(8, os.cpu_count() or 1)),
+    workers: Annotated[int, typer.Option(help="Processes.", min=1, max=1024)] = max(1, min(8, os.cpu_count() or 1)),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
 ) -> None:
     """Reproduce a figure or table of the paper, and say if it holds.

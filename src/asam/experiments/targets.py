@@ -49,6 +49,8 @@ def find(
     Raises:
         InputError: there is no such thing, or it is not what it should be.
     """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be at least 0 and less than 2**63, got {seed}")
     targets: list[Target] = []
     made = None if function is None else _call(function, examples, seed)
     for name in names:
