@@ -1,12 +1,13 @@
 """What all commands have in common: help that fits the screen, completion, refusals in a line of standard error."""
 
+import io
 import sys
 
 import pytest
 import typer
 
 from asam import __main__
-from asam.experiments import InputError, cli, reproduce, terminal
+from asam.experiments import InputError, cli, files, reproduce, terminal
 
 COMMANDS = list(typer.main.get_command(cli.app).commands)
 
@@ -113,3 +114,27 @@ def test_a_library_that_is_not_there(missing, monkeypatch, capsys):
     else:  # a mistake of ours
         with pytest.raises(ModuleNotFoundError):
             __main__.main()
+
+
+def test_signs_that_the_encoding_lacks_are_replaced(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(cli, "run", lambda: print("± …", flush=True))
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert out.buffer.getvalue() == b"? ?\n"
+
+
+def test_a_path_that_is_no_unicode_can_stand_in_a_file(tmp_path):
+    files.write(tmp_path / "a.html", "<code>\udcff</code>")
+    assert (tmp_path / "a.html").read_bytes() == b"<code>?</code>"
+
+
+def test_an_interrupt_before_there_is_a_command(monkeypatch, capsys):
+    def run():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", run)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert (end.value.code, capsys.readouterr().err) == (130, "asam: interrupted\n")

@@ -11,7 +11,7 @@ from . import InputError
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "replace"))  # the command line stands in reports, and may be no Unicode
 
 
 def write_bytes(path: Path, content: bytes) -> None:
