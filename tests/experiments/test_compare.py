@@ -9,9 +9,11 @@ import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from asam.experiments import compare
 from asam.experiments.cli import run
 
 SMALL = ["--seeds", "2", "--epochs", "2"]
@@ -113,6 +115,13 @@ def test_an_interrupt_does_not_wait_for_long_runs(tmp_path):
     assert process.returncode == 130
     assert said.splitlines()[-1] == "asam: interrupted; the same command goes on from here"
     assert "Traceback" not in said
+
+
+def test_an_interrupt_with_force_goes_on_without(asam, monkeypatch):
+    monkeypatch.setattr(compare, "execute", Mock(side_effect=KeyboardInterrupt))
+    done = asam("compare", *SMALL, "--force")
+    assert done.code == 130
+    assert done.said == ["asam: interrupted; the same command without --force goes on from here"]
 
 
 def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, tmp_path):

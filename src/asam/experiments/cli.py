@@ -357,7 +357,7 @@ def run() -> int:
                 if sys.argv[1:2] in (["compare"], ["reproduce"], ["train"], ["tune"])
                 else ""
             )
-            print(f"asam: interrupted{resumes}", file=sys.stderr)
+            _say(f"interrupted{resumes}")
         return code if isinstance(code, int) else 0
     except InputError as error:
         message = str(error)
@@ -370,5 +370,12 @@ def run() -> int:
         place = getattr(getattr(error, "ctx", None), "command_path", "asam")
         message = error.format_message()
         message += f"{'' if message.endswith(('.', '?')) else '.'} See {place} --help."
-    print(f"asam: {' '.join(message.splitlines())}", file=sys.stderr)
+    _say(message)
     return 2
+
+
+def _say(message: str) -> None:
+    """The last words of a command, in a line."""
+    if "--force" in sys.argv:  # it would start again
+        message = message.replace("the same command goes on", "the same command without --force goes on")
+    print(f"asam: {' '.join(message.splitlines())}", file=sys.stderr)
