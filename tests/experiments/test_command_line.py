@@ -2,6 +2,7 @@
 
 import io
 import sys
+import threading
 
 import pytest
 import typer
@@ -128,6 +129,28 @@ def test_signs_that_the_encoding_lacks_are_replaced(monkeypatch):
 def test_a_path_that_is_no_unicode_can_stand_in_a_file(tmp_path):
     files.write(tmp_path / "a.html", "<code>\udcff</code>")
     assert (tmp_path / "a.html").read_bytes() == b"<code>?</code>"
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "landscape"])
+def test_a_folder_in_which_another_process_writes(command, said, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_network.py").write_text("from torch import nn\ndef make(): return nn.ReLU(), None.__eq__, []")
+    target = ["own_network:make"] if command == "landscape" else []
+    with files.held(tmp_path / "out"):
+        code, out, err = said(command, *target, "--out", str(tmp_path / "out"), "--force")
+    message = f"asam: {tmp_path / 'out'}: another process is writing there: wait for it or choose another --out\n"
+    assert (code, out, err) == (2, "", message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_waited_for_where_commands_share_the_work(tmp_path):
+    with files.held(tmp_path):
+        other = threading.Thread(target=lambda: files.held(tmp_path, wait=True).__enter__(), daemon=True)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+    other.join(10)
+    assert not other.is_alive()
 
 
 def test_an_interrupt_before_there_is_a_command(monkeypatch, capsys):

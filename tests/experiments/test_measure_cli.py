@@ -220,7 +220,7 @@ def test_a_landscape_that_cannot_be_written_leaves_nothing(asam, tmp_path, monke
     code, _, err = asam("landscape", "own:make", "--points", 3)
     assert code == 2
     assert err.strip().splitlines()[-1] == "asam: landscape.html: No space left on device"
-    assert list((tmp_path / "asam-landscape").iterdir()) == []
+    assert not (tmp_path / "asam-landscape").exists()
 
 
 def test_networks_of_different_architecture_have_no_way_between_them(asam, runs):

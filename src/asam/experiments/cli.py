@@ -13,7 +13,7 @@ from rich.console import Console
 
 from .. import __version__
 from . import InputError
-from .files import plain
+from .files import held, plain
 from .options import with_run_options
 from .run import LARGEST
 from .terminal import counted, progress, refusals
@@ -88,13 +88,14 @@ def compare(
 
     comparison = Comparison(dataset, model, noise, seeds, epochs, rho_sam, rho_asam, data_dir)
     load(dataset, data_dir, noise, 0)
-    prepare(comparison, out, force=force)
-    runs = comparison.runs()
-    with progress(f"{len(runs)} runs", sum(map(cost, runs.values()))) as advance:
-        outcomes = execute(comparison, out, workers, advance)
-    found = results(comparison, outcomes)
-    write(out / "report.html", page(found))
-    write(out / "results.json", json.dumps(found, indent=1))
+    with held(out):
+        prepare(comparison, out, force=force)
+        runs = comparison.runs()
+        with progress(f"{len(runs)} runs", sum(map(cost, runs.values()))) as advance:
+            outcomes = execute(comparison, out, workers, advance)
+        found = results(comparison, outcomes)
+        write(out / "report.html", page(found))
+        write(out / "results.json", json.dumps(found, indent=1))
     if as_json:
         print(json.dumps(found))
         return
@@ -205,14 +206,15 @@ def landscape(
     names = [file_name(target.name) for target in found]
     if len(set(names)) < len(names):
         raise InputError(f"two targets are called {next(name for name in names if names.count(name) > 1)}")
-    check_free(out, force=force)
-    with progress(f"{len(found)} landscapes", passes(found, points)) as advance, refusals():
-        slices = compute(found, points, span, seed, advance)
-    for one, other in pairwise(found):
-        if f"{one.name} to {other.name}" not in slices.interpolations:
-            message = f"asam: no way from {one.name} to {other.name}: they are not of the same architecture"
-            print(message, file=sys.stderr)
-    files = save(slices, out)
+    with held(out):
+        check_free(out, force=force)
+        with progress(f"{len(found)} landscapes", passes(found, points)) as advance, refusals():
+            slices = compute(found, points, span, seed, advance)
+        for one, other in pairwise(found):
+            if f"{one.name} to {other.name}" not in slices.interpolations:
+                message = f"asam: no way from {one.name} to {other.name}: they are not of the same architecture"
+                print(message, file=sys.stderr)
+        files = save(slices, out)
     Console().print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,40 @@ def read_json(path: Path, advice: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error}): {advice}") from None
+
+
+@contextmanager
+def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if it is not there, and removed if it stays empty.
+
+    One that another process holds is refused, or with ``wait`` waited for. The system lets go of it when this process
+    dies. Where a folder cannot be locked, or not made, nothing is held.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with suppress(OSError):  # what comes next says it better
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    try:
+        with suppress(ImportError, OSError):  # not every system and file system can
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise InputError(
+                    f"{folder}: another process is writing there: wait for it or choose another --out"
+                ) from None
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple[str, ...], force: bool) -> None:

@@ -20,7 +20,7 @@ from .. import __version__
 from . import InputError
 from .database import check, file_url
 from .environment import environment
-from .files import claim_folder, plain, write
+from .files import claim_folder, held, plain, write
 from .runs import Runs
 from .search import FINISHED, Search, last_error, offer_starts, opened_study, searched
 from .trainings import Choice, find
@@ -48,7 +48,8 @@ def claim(search: Search, folder: Path, storage: str | None, *, force: bool) -> 
     if storage:
         check(storage)
     config = {"asam": __version__, **asdict(search)}
-    claim_folder(folder, config, last="tune.json", ours=(f"{DATABASE}*", "tune.json.part"), force=force)
+    with held(folder, wait=True):
+        claim_folder(folder, config, last="tune.json", ours=(f"{DATABASE}*", "tune.json.part"), force=force)
 
 
 def tune(
@@ -80,7 +81,8 @@ def tune(
         runs.close()
     if storage:  # it may hold a password
         found["environment"]["command"] = found["environment"]["command"].replace(storage, "URL")
-    write(folder / "tune.json", json.dumps(plain(found), indent=1) + "\n")
+    with held(folder, wait=True):  # commands that share the trials end together
+        write(folder / "tune.json", json.dumps(plain(found), indent=1) + "\n")
     if storage is None:
         for file in sorted(folder.glob(f"{DATABASE}*"), reverse=True):  # no log without its database
             file.unlink(missing_ok=True)
