@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from asam import __main__
-from asam.experiments import InputError, cli, files, reproduce, terminal
+from asam.experiments import InputError, cli, files, reproduce, terminal, translation
 
 COMMANDS = list(typer.main.get_command(cli.app).commands)
 
@@ -36,9 +36,23 @@ def test_help_fits_eighty_columns(command, said, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("train", ["vit", "resnet20", *translation.SIZES]),
+        ("measure", ["run of asam compare or train"]),
+        ("landscape", ["Runs of asam compare or train"]),
+    ],
+)
+def test_help_names_every_kind_of_network_and_of_run(command, names, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = said(command, "--help")[1]
+    assert all(name in out for name in names)
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["measure", "two\nlines"], "two lines is not a run of asam compare, and there is no such file"),
+        (["measure", "two\nlines"], "two lines is not a run of asam compare or asam train, and there is no such file"),
         (["train", "--seed", str(2**63)], f"the options: seed must be less than 2**63, got {2**63}"),
         (["train", "--config", "nowhere.toml"], "nowhere.toml: No such file or directory"),
     ],

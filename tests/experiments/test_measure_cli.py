@@ -281,7 +281,7 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
     ("arguments", "message"),
     [
         (["measure"], "Missing argument 'target'"),
-        (["measure", "nothing"], "nothing is not a run of asam compare, and there is no such file"),
+        (["measure", "nothing"], "nothing is not a run of asam compare or asam train, and there is no such file"),
         (["measure", "own.py"], "name the function that makes its model with --model module:function"),
         (["measure", "nothing.pt", "--model", "own:make"], "there is no checkpoint nothing.pt"),
         (
@@ -350,7 +350,7 @@ def test_a_file_that_is_not_a_run(asam, tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     code, _, err = asam("measure", "run.json")
     assert code == 2
-    assert "run.json is not a run of asam compare" in err
+    assert "run.json is not a run of asam compare or asam train" in err
 
 
 @pytest.mark.parametrize("command", ["measure", "landscape"])

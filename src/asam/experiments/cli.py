@@ -114,7 +114,7 @@ NormalizeLogits = Annotated[bool, typer.Option("--normalize-logits", help="Take 
 
 @app.command()
 def measure(
-    target: Annotated[str, typer.Argument(help="A run of asam compare, a checkpoint, or module:function.")],
+    target: Annotated[str, typer.Argument(help="A run of asam compare or train, a checkpoint, or module:function.")],
     model: Function = None,
     rho: Annotated[list[float], typer.Option(help="Neighborhood sizes of sharpness.")] = [0.05, 0.1, 0.2],  # noqa: B006
     adaptive_rho: Annotated[list[float], typer.Option(help="Those of adaptive sharpness.")] = [0.5, 1.0, 2.0],  # noqa: B006
@@ -181,7 +181,9 @@ def measure(
 
 @app.command()
 def landscape(
-    targets: Annotated[list[str], typer.Argument(help="Runs of asam compare, checkpoints, or module:function.")],
+    targets: Annotated[
+        list[str], typer.Argument(help="Runs of asam compare or train, checkpoints, or module:function.")
+    ],
     model: Function = None,
     points: Annotated[int, typer.Option(help="Points of a plane along each axis.", min=3, max=1001)] = 25,
     span: Annotated[float, typer.Option(help="How far, in units of the filters' norms.")] = 1.0,

@@ -66,7 +66,11 @@ class Run:
     test_size: int | None = _said("Test and validation examples each; by default those of the data set.", None)
     noise: float = _said("Share of wrong training labels.", 0.0)
     augment: bool = _said("Random crops and flips.", False)
-    model: str = _said("mlp, cnn, vit, or a network of pytorchcv such as resnet20 or wrn28-10.", "mlp")
+    model: str = _said(
+        "mlp, cnn, vit, or a network of pytorchcv such as resnet20 or wrn28-10; of help-texts transformer-tiny or "
+        "transformer-iwslt.",
+        "mlp",
+    )
     dropout: float = _said("Dropout rate.", 0.0)
     scale: float = _said("The initial network's first layer times this, the next divided by it.", 1.0)
     evaluate_every: int = _said("Epochs between evaluations.", 1)
