@@ -275,6 +275,12 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
     assert (tmp_path / "asam-landscape" / "landscape.html").stat().st_mtime_ns == before
     assert asam("landscape", "own:make", "--points", 3, "--force")[0] == 0
     assert (tmp_path / "asam-landscape" / "mine.txt").read_text() == "kept"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "landscape.html").write_text("mine")
+    code, _, err = asam("landscape", "own:make", "--points", 3, "--out", "foreign", "--force")
+    message = "foreign/landscape.html would be overwritten and is of something else: choose another --out"
+    assert (code, err) == (2, f"asam: {message}\n")
+    assert (tmp_path / "foreign" / "landscape.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
