@@ -140,13 +140,19 @@ def test_the_numbers_are_those_of_the_library(asam, tmp_path):
     assert [bound["explanation"].split()[0] for bound in found["bounds"]] == ["SAM", "ASAM"]
 
 
-def test_measure_prints_a_table(asam):
+def test_measure_prints_a_table(asam, monkeypatch):
     code, out, err = asam("measure", "own:with_held_out", *QUICK)
     assert code == 0
     assert all(text in out for text in ("50 parameters", "40 training examples", "held-out error", "trace of THT"))
     assert "Held-out bound" in out
     assert "measuring own:with_held_out" in err
     assert max(map(len, out.splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "40")
+    rows, narrow = (
+        [line for line in text.splitlines() if line.startswith("│")]
+        for text in (out, asam("measure", "own:with_held_out", *QUICK)[1])
+    )
+    assert narrow == rows
 
 
 @pytest.mark.parametrize("wrapped", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}])

@@ -16,7 +16,7 @@ from . import InputError
 from .files import held, plain
 from .options import with_run_options
 from .run import LARGEST
-from .terminal import counted, progress, refusals
+from .terminal import counted, print_table, progress, refusals
 
 INTERRUPTED = 130
 MANY = 10_000  # runs to name in one plan
@@ -100,7 +100,7 @@ def compare(
         print(json.dumps(found))
         return
     console = Console()
-    console.print(terminal_table(found))
+    print_table(terminal_table(found))
     for sentence in verdict(found):
         console.print(sentence, highlight=False)
     console.print(f"Written: {out / 'report.html'}, {out / 'results.json'}", highlight=False, soft_wrap=True)
@@ -174,7 +174,7 @@ def measure(
     console = Console()
     for line in summary(found):
         console.print(line, highlight=False)
-    console.print(terminal_table(found))
+    print_table(terminal_table(found))
     for bound in found["bounds"]:
         console.print(bound["explanation"], highlight=False)
 
@@ -303,7 +303,7 @@ def tune(
         print(json.dumps(plain(found)))
         return
     console = Console()
-    console.print(tuning.terminal_table(found))
+    print_table(tuning.terminal_table(found))
     best = found["best"]
     console.print(f"ASAM(model, rho={best['rho']:.3g}, eta={best['eta']:.3g}, bias={best['bias']!r})", highlight=False)
     console.print(f"Written: {out / 'tune.json'}", highlight=False, soft_wrap=True)
