@@ -145,6 +145,14 @@ def test_a_path_that_is_no_unicode_can_stand_in_a_file(tmp_path):
     assert (tmp_path / "a.html").read_bytes() == b"<code>?</code>"
 
 
+@pytest.mark.parametrize("command", [["train"], ["compare"], ["reproduce", "toy", "--quick"]])
+def test_a_folder_that_is_no_unicode(command, said, tmp_path):
+    sys.stderr.reconfigure(errors="backslashreplace")  # as it is outside of tests
+    message = f"{tmp_path}/\\udcff has a name that is no Unicode: choose another --out"
+    assert said(*command, "--out", f"{tmp_path}/\udcff") == (2, "", f"asam: {message}\n")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["train", "compare", "landscape"])
 def test_a_folder_in_which_another_process_writes(command, said, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)

@@ -281,6 +281,7 @@ BAD = [
     (["own:quiet", "--like", "mnist"], "--like must be one of cifar10, cifar100, "),
     (["own:quiet", "--trials", "0"], "Invalid value for '--trials'"),
     (["own:quiet", "--storage", "nothing"], "--storage is no database URL"),
+    (["own:quiet", "--storage", "sqlite:///\udcff"], "--storage is no database URL"),
     (["own:silent"], "the training never called report(validation_error)"),
     (["own:raises"], "own:raises: the training raised KeyError: 'labels' ("),
     (["own:value_error"], "own:value_error: the training raised ValueError: two lines ("),

@@ -101,6 +101,10 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: choose another --out")
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError:  # the database and TensorBoard cannot write there
+        raise InputError(f"{folder} has a name that is no Unicode: choose another --out") from None
     begun = f"{path.name}.part"  # killed while it claimed the folder
     if folder.is_dir() and any(file.name != begun for file in folder.iterdir()):
         if force:
