@@ -1,10 +1,13 @@
 """The command ``asam``; its libraries come with the ``experiments`` extra."""
 
 import sys
+from io import TextIOWrapper
 
 
 def main() -> None:
     """Run the command line."""
+    if isinstance(sys.stdout, TextIOWrapper):  # its encoding may lack the signs of a table
+        sys.stdout.reconfigure(errors="replace")
     try:
         from .experiments.cli import run
 
@@ -14,6 +17,9 @@ def main() -> None:
             raise
         print(f"asam: the command line needs {error.name}: pip install 'asam[experiments]'", file=sys.stderr)
         code = 2
+    except KeyboardInterrupt:  # before there was a command to answer it
+        print("asam: interrupted", file=sys.stderr)
+        code = 130
     sys.exit(code)
 
 

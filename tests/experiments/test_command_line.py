@@ -1,12 +1,14 @@
 """What all commands have in common: help that fits the screen, completion, refusals in a line of standard error."""
 
+import io
 import sys
+import threading
 
 import pytest
 import typer
 
 from asam import __main__
-from asam.experiments import InputError, cli, reproduce, terminal
+from asam.experiments import InputError, cli, files, reproduce, terminal, translation
 
 COMMANDS = list(typer.main.get_command(cli.app).commands)
 
@@ -34,9 +36,23 @@ def test_help_fits_eighty_columns(command, said, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("train", ["vit", "resnet20", *translation.SIZES]),
+        ("measure", ["run of asam compare or train"]),
+        ("landscape", ["Runs of asam compare or train"]),
+    ],
+)
+def test_help_names_every_kind_of_network_and_of_run(command, names, said, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = said(command, "--help")[1]
+    assert all(name in out for name in names)
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["measure", "two\nlines"], "two lines is not a run of asam compare, and there is no such file"),
+        (["measure", "two\nlines"], "two lines is not a run of asam compare or asam train, and there is no such file"),
         (["train", "--seed", str(2**63)], f"the options: seed must be less than 2**63, got {2**63}"),
         (["train", "--config", "nowhere.toml"], "nowhere.toml: No such file or directory"),
     ],
@@ -113,3 +129,57 @@ def test_a_library_that_is_not_there(missing, monkeypatch, capsys):
     else:  # a mistake of ours
         with pytest.raises(ModuleNotFoundError):
             __main__.main()
+
+
+def test_signs_that_the_encoding_lacks_are_replaced(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(cli, "run", lambda: print("± …", flush=True))
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert out.buffer.getvalue() == b"? ?\n"
+
+
+def test_a_path_that_is_no_unicode_can_stand_in_a_file(tmp_path):
+    files.write(tmp_path / "a.html", "<code>\udcff</code>")
+    assert (tmp_path / "a.html").read_bytes() == b"<code>?</code>"
+
+
+@pytest.mark.parametrize("command", [["train"], ["compare"], ["reproduce", "toy", "--quick"]])
+def test_a_folder_that_is_no_unicode(command, said, tmp_path):
+    sys.stderr.reconfigure(errors="backslashreplace")  # as it is outside of tests
+    message = f"{tmp_path}/\\udcff has a name that is no Unicode: choose another --out"
+    assert said(*command, "--out", f"{tmp_path}/\udcff") == (2, "", f"asam: {message}\n")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "landscape"])
+def test_a_folder_in_which_another_process_writes(command, said, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_network.py").write_text("from torch import nn\ndef make(): return nn.ReLU(), None.__eq__, []")
+    target = ["own_network:make"] if command == "landscape" else []
+    with files.held(tmp_path / "out"):
+        code, out, err = said(command, *target, "--out", str(tmp_path / "out"), "--force")
+    message = f"asam: {tmp_path / 'out'}: another process is writing there: wait for it or choose another --out\n"
+    assert (code, out, err) == (2, "", message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_waited_for_where_commands_share_the_work(tmp_path):
+    with files.held(tmp_path):
+        other = threading.Thread(target=lambda: files.held(tmp_path, wait=True).__enter__(), daemon=True)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+    other.join(10)
+    assert not other.is_alive()
+
+
+def test_an_interrupt_before_there_is_a_command(monkeypatch, capsys):
+    def run():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "run", run)
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    assert (end.value.code, capsys.readouterr().err) == (130, "asam: interrupted\n")

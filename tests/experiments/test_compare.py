@@ -2,16 +2,18 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
-from asam.experiments import report
+from asam.experiments import compare, report
 from asam.experiments.cli import run
 
 SMALL = ["--seeds", "2", "--epochs", "2"]
@@ -71,6 +73,35 @@ def test_finished_comparison_is_not_overwritten(asam, finished):
     assert (finished / "results.json").stat().st_mtime_ns == before
 
 
+DAMAGED = ["", "{}", "[" * 10**5, '{"outcome": {}}', '{"outcome": {"curves": 1}}']
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGED, '{"outcome": OUTCOME, "test_error": "1"}}', '{"outcome": OUTCOME, "curves": []}}']
+)
+def test_a_run_that_is_damaged(asam, finished, tmp_path, content):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "results.json").unlink()
+    run = tmp_path / "out" / "runs" / "asam-x1-seed0.json"
+    outcome = json.dumps(json.loads(run.read_text())["outcome"])
+    run.write_text(content.replace("OUTCOME", outcome[:-1]))
+    done = asam("compare", *SMALL, "--workers", 1, "--out", "out")
+    assert (done.code, len(done.said)) == (2, 1)
+    assert "out/runs/asam-x1-seed0.json cannot be read (" in done.said[0]
+    assert done.said[0].endswith("): start again with --force")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[" * 10**5])
+def test_a_configuration_that_is_damaged(asam, finished, tmp_path, content):
+    shutil.copytree(finished, tmp_path / "out")
+    (tmp_path / "out" / "config.json").write_text(content)
+    for option in [], ["--force"]:  # no advice that leads to another refusal
+        done = asam("compare", *SMALL, "--out", "out", *option)
+        assert (done.code, len(done.said)) == (2, 1)
+        assert done.said[0].endswith(": choose another --out")
+    assert (tmp_path / "out" / "results.json").read_bytes() == (finished / "results.json").read_bytes()
+
+
 def test_foreign_folder_is_not_touched(asam, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     assert asam("compare", *SMALL, "--out", tmp_path).code == 2
@@ -91,6 +122,13 @@ def test_an_interrupt_does_not_wait_for_long_runs(tmp_path):
     assert process.returncode == 130
     assert said.splitlines()[-1] == "asam: interrupted; the same command goes on from here"
     assert "Traceback" not in said
+
+
+def test_an_interrupt_with_force_goes_on_without(asam, monkeypatch):
+    monkeypatch.setattr(compare, "execute", Mock(side_effect=KeyboardInterrupt))
+    done = asam("compare", *SMALL, "--force")
+    assert done.code == 130
+    assert done.said == ["asam: interrupted; the same command without --force goes on from here"]
 
 
 def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, tmp_path):
@@ -136,10 +174,14 @@ def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, t
     ("arguments", "says"),
     [
         (["--seeds", "0"], "--seeds"),
+        (["--seeds", "99999999999"], "--seeds"),
         (["--epochs", "x"], "--epochs"),
+        (["--epochs", "99999999999999999999"], "--epochs"),
+        (["--workers", "99999999999"], "--workers"),
         (["--noise", "1.5"], "--noise"),
         (["--rho-asam", "nan"], "--rho-asam"),
         (["--rho-sam", "-1"], "--rho-sam"),
+        (["--rho-sam", "1e39"], "--rho-sam must be a number > 0 and < 1e+18, got 1e+39"),
         (["--dataset", "cifar"], "--dataset"),
         (["--dataset", "fashion-mnist", "--data-dir", "/nowhere"], "/nowhere"),
         (["--data-dir", "/nowhere"], "digits come with scikit-learn: leave --data-dir out"),

@@ -140,13 +140,19 @@ def test_the_numbers_are_those_of_the_library(asam, tmp_path):
     assert [bound["explanation"].split()[0] for bound in found["bounds"]] == ["SAM", "ASAM"]
 
 
-def test_measure_prints_a_table(asam):
+def test_measure_prints_a_table(asam, monkeypatch):
     code, out, err = asam("measure", "own:with_held_out", *QUICK)
     assert code == 0
     assert all(text in out for text in ("50 parameters", "40 training examples", "held-out error", "trace of THT"))
     assert "Held-out bound" in out
     assert "measuring own:with_held_out" in err
     assert max(map(len, out.splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "40")
+    rows, narrow = (
+        [line for line in text.splitlines() if line.startswith("│")]
+        for text in (out, asam("measure", "own:with_held_out", *QUICK)[1])
+    )
+    assert narrow == rows
 
 
 @pytest.mark.parametrize("wrapped", [lambda state: state, lambda state: {"epoch": 3, "state_dict": state}])
@@ -160,6 +166,11 @@ def test_measure_a_checkpoint_of_ones_own(asam, tmp_path, wrapped):
     code, out, _ = asam("measure", "weights.pt", "--model", "own:make", "--json", *QUICK)
     assert code == 0
     assert json.loads(out)["training"]["loss"] == Objective(model, loss_fn, data).loss()
+
+
+def test_the_largest_seed(asam):
+    assert asam("measure", "own:make", "--seed", 2**63 - 1, "--json", *QUICK)[0] == 0
+    assert asam("landscape", "own:make", "--seed", 2**63 - 1, "--points", 3)[0] == 0
 
 
 def test_only_so_many_examples(asam):
@@ -215,7 +226,7 @@ def test_a_landscape_that_cannot_be_written_leaves_nothing(asam, tmp_path, monke
     code, _, err = asam("landscape", "own:make", "--points", 3)
     assert code == 2
     assert err.strip().splitlines()[-1] == "asam: landscape.html: No space left on device"
-    assert list((tmp_path / "asam-landscape").iterdir()) == []
+    assert not (tmp_path / "asam-landscape").exists()
 
 
 def test_networks_of_different_architecture_have_no_way_between_them(asam, runs):
@@ -270,13 +281,19 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
     assert (tmp_path / "asam-landscape" / "landscape.html").stat().st_mtime_ns == before
     assert asam("landscape", "own:make", "--points", 3, "--force")[0] == 0
     assert (tmp_path / "asam-landscape" / "mine.txt").read_text() == "kept"
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "landscape.html").write_text("mine")
+    code, _, err = asam("landscape", "own:make", "--points", 3, "--out", "foreign", "--force")
+    message = "foreign/landscape.html would be overwritten and is of something else: choose another --out"
+    assert (code, err) == (2, f"asam: {message}\n")
+    assert (tmp_path / "foreign" / "landscape.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["measure"], "Missing argument 'target'"),
-        (["measure", "nothing"], "nothing is not a run of asam compare, and there is no such file"),
+        (["measure", "nothing"], "nothing is not a run of asam compare or asam train, and there is no such file"),
         (["measure", "own.py"], "name the function that makes its model with --model module:function"),
         (["measure", "nothing.pt", "--model", "own:make"], "there is no checkpoint nothing.pt"),
         (
@@ -305,6 +322,9 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
         (["measure", "own:make", "--adaptive-rho", "nan"], "--adaptive-rho must be a number > 0 and < 1e+18, got nan"),
         (["measure", "own:make", "--eta", "-1"], "--eta must be a number >= 0 and < 1e+18, got -1"),
         (["measure", "own:make", "--samples", "3"], "--samples must be even, got 3"),
+        (["measure", "own:make", "--seed", str(2**63)], f"seed must be at least 0 and less than 2**63, got {2**63}"),
+        (["landscape", "own:make", "--seed", "-1"], "seed must be at least 0 and less than 2**63, got -1"),
+        (["landscape", "own:make", "--points", "1002"], "Invalid value for '--points'"),
         (["measure", "own:make", "--steps", "0"], "Invalid value for '--steps'"),
         (["measure", "own:make", "--bias", "free"], "Invalid value for '--bias'"),
         (["landscape"], "Missing argument 'targets'"),
@@ -342,7 +362,7 @@ def test_a_file_that_is_not_a_run(asam, tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     code, _, err = asam("measure", "run.json")
     assert code == 2
-    assert "run.json is not a run of asam compare" in err
+    assert "run.json is not a run of asam compare or asam train" in err
 
 
 @pytest.mark.parametrize("command", ["measure", "landscape"])

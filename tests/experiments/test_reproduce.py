@@ -163,6 +163,7 @@ def test_out_is_a_file(asam, tmp_path, out, says):
 @pytest.mark.parametrize("full", ["config.json", "results.jsonl", "squares.svg", "summary.json"])
 def test_no_space_left_for_a_file(asam, log, tmp_path, monkeypatch, full):
     out, replace = tmp_path / "out", os.replace
+    out.mkdir()
 
     def refuse(source, target):
         if Path(target).name == full:

@@ -13,8 +13,8 @@ from asam.experiments.run import Run, as_run, read_run
 BAD = {
     "method": ["adam", "SAM", ""],
     "seed": [-1, 2**63],
-    "rho": [-0.1, 0, math.inf, math.nan],
-    "eta": [-1e-9, math.inf, math.nan],
+    "rho": [-0.1, 0, 1e18, math.inf, math.nan],
+    "eta": [-1e-9, 1e18, math.inf, math.nan],
     "normalization": ["rowwise"],
     "p": [1, 0.5, -math.inf, math.nan],
     "bias": ["free"],
@@ -22,15 +22,15 @@ BAD = {
     "every": [0],
     "ascent_share": [0.0, -0.5, 1.5, math.nan],
     "exact": [-0.1, 1.1, math.nan],
-    "momentum_rho": [-1, math.inf, math.nan],
+    "momentum_rho": [-1, 1e18, math.inf, math.nan],
     "memory": ["none"],
     "decay": [-0.1, 1, math.nan],
     "optimizer": ["rmsprop"],
-    "lr": [0, -1, math.inf, math.nan],
+    "lr": [0, -1, 1e18, math.inf, math.nan],
     "momentum": [-0.1, 1, math.nan],
     "beta2": [-0.1, 1, math.nan],
-    "weight_decay": [-1, math.inf, math.nan],
-    "clip": [-1, math.inf, math.nan],
+    "weight_decay": [-1, 1e18, math.inf, math.nan],
+    "clip": [-1, 1e18, math.inf, math.nan],
     "schedule": ["step"],
     "warmup": [-1],
     "epochs": [0],
@@ -45,7 +45,7 @@ BAD = {
     "augment": [],
     "model": [],
     "dropout": [-0.1, 1, math.nan],
-    "scale": [0, -1, math.inf, math.nan],
+    "scale": [0, -1, 1e18, math.inf, math.nan],
     "evaluate_every": [0],
     "device": [],
     "parallel": ["dp"],
@@ -76,6 +76,7 @@ def test_a_value_that_cannot_be(name, value):
 
 def test_the_largest_and_smallest_values_that_can_be():
     edges = {"seed": 2**63 - 1, "p": math.inf, "eta": 0.0, "momentum": 0.0, "clip": 0.0, "noise": 0.0, "epochs": 1}
+    edges |= {"lr": 9.9e17}
     assert asdict(as_run(GOOD | edges, "here")) == asdict(Run(rho=1.0)) | edges
     assert as_run({"method": "sgd"}, "here").rho == 0
 

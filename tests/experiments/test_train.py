@@ -298,7 +298,8 @@ def test_a_full_disk(train, out, monkeypatch, full):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--lr", "-1"], ["lr must be a finite number > 0, got -1"]),
+        (["--lr", "-1"], ["lr must be a number > 0 and < 1e+18, got -1"]),
+        (["--lr", "1e39"], ["lr must be a number > 0 and < 1e+18, got 1e+39"]),
         (["--lr", "fast"], ["Invalid value for '--lr'"]),
         (["--method", "adam"], ["Invalid value for '--method'"]),
         (["--rho", "0"], ["asam needs rho > 0, got 0"]),
@@ -407,7 +408,7 @@ def test_reduced_precision(train, tmp_path, precision, method):
 
 
 def test_a_training_that_diverges_leaves_json(train, tmp_path):
-    assert train("--method", "sgd", "--lr", 1e30, "--out", "out").code == 0
+    assert train("--method", "sgd", "--lr", 1e17, "--out", "out").code == 0
 
     def forbidden(constant):
         raise AssertionError(constant)

@@ -84,6 +84,9 @@ def nan_above(asam, seed, report):
 def nan_afresh(asam, seed, report):
     report(math.nan if seed else 1.0)
 
+def raises_later(asam, seed, report):
+    report(1.0 if values(asam)[0] < 1 else None)
+
 def two(asam, seed):
     pass
 
@@ -278,6 +281,7 @@ BAD = [
     (["own:quiet", "--like", "mnist"], "--like must be one of cifar10, cifar100, "),
     (["own:quiet", "--trials", "0"], "Invalid value for '--trials'"),
     (["own:quiet", "--storage", "nothing"], "--storage is no database URL"),
+    (["own:quiet", "--storage", "sqlite:///\udcff"], "--storage is no database URL"),
     (["own:silent"], "the training never called report(validation_error)"),
     (["own:raises"], "own:raises: the training raised KeyError: 'labels' ("),
     (["own:value_error"], "own:value_error: the training raised ValueError: two lines ("),
@@ -299,6 +303,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tune, tmp_path, arguments, messag
     assert len(done.said) == 1, done.err
     assert message in done.said[0]
     assert not (tmp_path / "asam-tune" / "tune.json").exists()
+
+
+def test_a_training_that_fails_at_once_leaves_nothing_and_a_later_one_its_trials(tune, tmp_path):
+    assert tune("own:raises").code == 2
+    assert not (tmp_path / "asam-tune").exists()
+    assert tune("own:raises_later").code == 2
+    assert sorted(path.name for path in (tmp_path / "asam-tune").iterdir()) == ["config.json", "trials.sqlite3"]
 
 
 def test_an_error_names_the_users_line(tune, tmp_path):

@@ -1,7 +1,6 @@
 """The command line. Bad input gives one line on standard error and exit code 2."""
 
 import json
-import math
 import os
 import sys
 from dataclasses import asdict
@@ -14,12 +13,13 @@ from rich.console import Console
 
 from .. import __version__
 from . import InputError
-from .files import plain
+from .files import held, plain
 from .options import with_run_options
-from .terminal import counted, progress, refusals
+from .run import LARGEST
+from .terminal import counted, print_table, progress, refusals
 
 INTERRUPTED = 130
-LARGEST = 1e18  # squares of larger numbers leave the range of float32
+MANY = 10_000  # runs to name in one plan
 
 app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -60,13 +60,13 @@ def compare(
     dataset: Annotated[Literal["digits", "fashion-mnist"], typer.Option(help="Real data.")] = "digits",
     model: Annotated[Literal["mlp", "cnn"], typer.Option(help="The network; cnn has batch norm.")] = "mlp",
     noise: Annotated[float, typer.Option(help="Share of wrong training labels, 0 up to 1.")] = 0.4,
-    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 10,
-    epochs: Annotated[int, typer.Option(help="Epochs (SGD at equal compute: twice).", min=1)] = 60,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1, max=MANY)] = 10,
+    epochs: Annotated[int, typer.Option(help="Epochs (SGD at equal compute: twice).", min=1, max=10**6)] = 60,
     rho_sam: Annotated[float, typer.Option(help="Neighborhood size of SAM.")] = 0.4,
     rho_asam: Annotated[float, typer.Option(help="Neighborhood size of ASAM.")] = 3.0,
     data_dir: Annotated[str | None, typer.Option(help="Folder of the files of fashion-mnist.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-compare"),
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = max(1, min(8, os.cpu_count() or 1)),
+    workers: Annotated[int, typer.Option(help="Processes.", min=1, max=1024)] = max(1, min(8, os.cpu_count() or 1)),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -78,8 +78,8 @@ def compare(
     if not 0 <= noise < 1:
         raise InputError(f"--noise must be at least 0 and less than 1, got {noise:g}")
     for name, rho in (("--rho-sam", rho_sam), ("--rho-asam", rho_asam)):
-        if not (0 < rho < math.inf):
-            raise InputError(f"{name} must be a finite number > 0, got {rho:g}")
+        if not 0 < rho < LARGEST:
+            raise InputError(f"{name} must be a number > 0 and < {LARGEST:g}, got {rho:g}")
 
     from .compare import Comparison, cost, execute, prepare, results, verdict
     from .data import load
@@ -88,18 +88,19 @@ def compare(
 
     comparison = Comparison(dataset, model, noise, seeds, epochs, rho_sam, rho_asam, data_dir)
     load(dataset, data_dir, noise, 0)
-    prepare(comparison, out, force=force)
-    runs = comparison.runs()
-    with progress(f"{len(runs)} runs", sum(map(cost, runs.values()))) as advance:
-        outcomes = execute(comparison, out, workers, advance)
-    found = results(comparison, outcomes)
-    write(out / "report.html", page(found))
-    write(out / "results.json", json.dumps(found, indent=1))
+    with held(out):
+        prepare(comparison, out, force=force)
+        runs = comparison.runs()
+        with progress(f"{len(runs)} runs", sum(map(cost, runs.values()))) as advance:
+            outcomes = execute(comparison, out, workers, advance)
+        found = results(comparison, outcomes)
+        write(out / "report.html", page(found))
+        write(out / "results.json", json.dumps(found, indent=1))
     if as_json:
         print(json.dumps(found))
         return
     console = Console()
-    console.print(terminal_table(found))
+    print_table(terminal_table(found))
     for sentence in verdict(found):
         console.print(sentence, highlight=False)
     console.print(f"Written: {out / 'report.html'}, {out / 'results.json'}", highlight=False, soft_wrap=True)
@@ -113,7 +114,7 @@ NormalizeLogits = Annotated[bool, typer.Option("--normalize-logits", help="Take 
 
 @app.command()
 def measure(
-    target: Annotated[str, typer.Argument(help="A run of asam compare, a checkpoint, or module:function.")],
+    target: Annotated[str, typer.Argument(help="A run of asam compare or train, a checkpoint, or module:function.")],
     model: Function = None,
     rho: Annotated[list[float], typer.Option(help="Neighborhood sizes of sharpness.")] = [0.05, 0.1, 0.2],  # noqa: B006
     adaptive_rho: Annotated[list[float], typer.Option(help="Those of adaptive sharpness.")] = [0.5, 1.0, 2.0],  # noqa: B006
@@ -173,16 +174,18 @@ def measure(
     console = Console()
     for line in summary(found):
         console.print(line, highlight=False)
-    console.print(terminal_table(found))
+    print_table(terminal_table(found))
     for bound in found["bounds"]:
         console.print(bound["explanation"], highlight=False)
 
 
 @app.command()
 def landscape(
-    targets: Annotated[list[str], typer.Argument(help="Runs of asam compare, checkpoints, or module:function.")],
+    targets: Annotated[
+        list[str], typer.Argument(help="Runs of asam compare or train, checkpoints, or module:function.")
+    ],
     model: Function = None,
-    points: Annotated[int, typer.Option(help="Points of a plane along each axis.", min=3)] = 25,
+    points: Annotated[int, typer.Option(help="Points of a plane along each axis.", min=3, max=1001)] = 25,
     span: Annotated[float, typer.Option(help="How far, in units of the filters' norms.")] = 1.0,
     examples: Examples = 1024,
     seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
@@ -205,14 +208,15 @@ def landscape(
     names = [file_name(target.name) for target in found]
     if len(set(names)) < len(names):
         raise InputError(f"two targets are called {next(name for name in names if names.count(name) > 1)}")
-    check_free(out, force=force)
-    with progress(f"{len(found)} landscapes", passes(found, points)) as advance, refusals():
-        slices = compute(found, points, span, seed, advance)
-    for one, other in pairwise(found):
-        if f"{one.name} to {other.name}" not in slices.interpolations:
-            message = f"asam: no way from {one.name} to {other.name}: they are not of the same architecture"
-            print(message, file=sys.stderr)
-    files = save(slices, out)
+    with held(out):
+        check_free(out, force=force)
+        with progress(f"{len(found)} landscapes", passes(found, points)) as advance, refusals():
+            slices = compute(found, points, span, seed, advance)
+        for one, other in pairwise(found):
+            if f"{one.name} to {other.name}" not in slices.interpolations:
+                message = f"asam: no way from {one.name} to {other.name}: they are not of the same architecture"
+                print(message, file=sys.stderr)
+        files = save(slices, out)
     Console().print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
 
 
@@ -265,14 +269,14 @@ def train(
 def tune(
     target: Annotated[str, typer.Argument(help="module:function of your own, or a file of values as asam train has.")],
     like: Annotated[str, typer.Option(help="Start from the rho that worked for this; see below.")] = "anything",
-    trials: Annotated[int, typer.Option(help="Trials of the search.", min=1)] = 20,
-    confirmed: Annotated[int, typer.Option(help="Best trials that are trained again.", min=1)] = 3,
-    seeds: Annotated[int, typer.Option(help="Fresh seeds for each of those.", min=1)] = 3,
+    trials: Annotated[int, typer.Option(help="Trials of the search.", min=1, max=MANY)] = 20,
+    confirmed: Annotated[int, typer.Option(help="Best trials that are trained again.", min=1, max=MANY)] = 3,
+    seeds: Annotated[int, typer.Option(help="Fresh seeds for each of those.", min=1, max=MANY)] = 3,
     tune_eta: Annotated[bool, typer.Option("--tune-eta", help="Search eta as well.")] = False,
     tune_bias: Annotated[bool, typer.Option("--tune-bias", help="Search the bias policy as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-tune"),
     storage: Annotated[str | None, typer.Option(help="Database that shares the trials, as in reproduce.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Processes.", min=1, max=1024)] = 1,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -299,7 +303,7 @@ def tune(
         print(json.dumps(plain(found)))
         return
     console = Console()
-    console.print(tuning.terminal_table(found))
+    print_table(tuning.terminal_table(found))
     best = found["best"]
     console.print(f"ASAM(model, rho={best['rho']:.3g}, eta={best['eta']:.3g}, bias={best['bias']!r})", highlight=False)
     console.print(f"Written: {out / 'tune.json'}", highlight=False, soft_wrap=True)
@@ -310,13 +314,13 @@ def reproduce(
     name: Annotated[str, typer.Argument(help="One of the studies above.")],
     quick: Annotated[bool, typer.Option("--quick", help="In miniature, in seconds: shows that it runs.")] = False,
     paper: Annotated[bool, typer.Option("--paper", help="At the paper's own scale: its data, and a GPU.")] = False,
-    seeds: Annotated[int | None, typer.Option(help="Number of seeds.", min=1)] = None,
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds.", min=1, max=MANY)] = None,
     data_dir: Annotated[str | None, typer.Option(help="Folder of the data, where a study needs one.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the results (default: asam-NAME).")] = None,
     storage: Annotated[
         str | None, typer.Option(help="Database that shares the runs: postgresql+psycopg://user@host/name.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes.", min=1)] = max(1, min(8, os.cpu_count() or 1)),
+    workers: Annotated[int, typer.Option(help="Processes.", min=1, max=1024)] = max(1, min(8, os.cpu_count() or 1)),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
 ) -> None:
     """Reproduce a figure or table of the paper, and say if it holds.
@@ -357,7 +361,7 @@ def run() -> int:
                 if sys.argv[1:2] in (["compare"], ["reproduce"], ["train"], ["tune"])
                 else ""
             )
-            print(f"asam: interrupted{resumes}", file=sys.stderr)
+            _say(f"interrupted{resumes}")
         return code if isinstance(code, int) else 0
     except InputError as error:
         message = str(error)
@@ -370,5 +374,12 @@ def run() -> int:
         place = getattr(getattr(error, "ctx", None), "command_path", "asam")
         message = error.format_message()
         message += f"{'' if message.endswith(('.', '?')) else '.'} See {place} --help."
-    print(f"asam: {' '.join(message.splitlines())}", file=sys.stderr)
+    _say(message)
     return 2
+
+
+def _say(message: str) -> None:
+    """The last words of a command, in a line."""
+    if "--force" in sys.argv:  # it would start again
+        message = message.replace("the same command goes on", "the same command without --force goes on")
+    print(f"asam: {' '.join(message.splitlines())}", file=sys.stderr)

@@ -4,12 +4,14 @@ Every run is written on its own when it is done, so a comparison that was killed
 """
 
 import json
+import math
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -103,7 +105,7 @@ def execute(comparison: Comparison, folder: Path, workers: int, done: Callable[[
     for name, run in comparison.runs().items():
         path = folder / "runs" / f"{name}.json"
         if path.exists():
-            outcomes[name] = read_json(path)["outcome"]
+            outcomes[name] = _outcome(path, run)
             done(cost(run))
         else:
             missing[name] = run
@@ -201,6 +203,22 @@ def _one(run: Run, path: Path) -> dict[str, Any]:
     os.replace(unfinished, path.with_name(path.name + ".pt"))
     write(path.with_name(path.name + ".json"), json.dumps({"run": asdict(run), "outcome": outcome}))
     return outcome
+
+
+def _outcome(path: Path, run: Run) -> dict[str, Any]:
+    """The outcome of a run that was done before."""
+    advice = "start again with --force"
+    found = read_json(path, advice)
+    try:
+        outcome: dict[str, Any] = found["outcome"]
+        curves = [outcome["curves"][f"{part}_error"] for part in ("train", "validation", "test")]
+        numbers = [outcome[name] for name in ("train_error", "test_error", "generalization_gap", "seconds_per_step")]
+        whole = all(len(curve) == run.epochs for curve in curves) and outcome["seconds_per_step"] > 0
+        if whole and all(map(math.isfinite, chain(numbers, *curves))):
+            return outcome
+    except (KeyError, TypeError, OverflowError):
+        pass
+    raise InputError(f"{path} cannot be read (it holds no outcome of this run): {advice}")
 
 
 def _early(curves: dict[str, Sequence[float]]) -> dict[str, float]:

@@ -74,6 +74,7 @@ def open_database(url: str) -> RDBStorage:
     """
     try:
         parsed = make_url(url)
+        parsed.render_as_string()  # it may be no Unicode
     except (ArgumentError, ValueError):
         raise InputError("--storage is no database URL such as postgresql+psycopg://user@host/name") from None
     local = parsed.get_backend_name() == "sqlite"

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from . import InputError
 
 def write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "replace"))  # the command line stands in reports, and may be no Unicode
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -40,16 +42,50 @@ def plain(value: Any) -> Any:
     return value
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+def read_json(path: Path, advice: str) -> Any:
+    """What a JSON file holds; ``advice`` is what to do where it is damaged.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): start again with --force") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error}): {advice}") from None
+
+
+@contextmanager
+def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder, which is made if it is not there, and removed if it stays empty.
+
+    One that another process holds is refused, or with ``wait`` waited for. The system lets go of it when this process
+    dies. Where a folder cannot be locked, or not made, nothing is held.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    with suppress(OSError):  # what comes next says it better
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    try:
+        with suppress(ImportError, OSError):  # not every system and file system can
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise InputError(
+                    f"{folder}: another process is writing there: wait for it or choose another --out"
+                ) from None
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple[str, ...], force: bool) -> None:
@@ -65,6 +101,10 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file: choose another --out")
+    try:
+        str(folder.resolve()).encode()
+    except UnicodeEncodeError:  # the database and TensorBoard cannot write there
+        raise InputError(f"{folder} has a name that is no Unicode: choose another --out") from None
     begun = f"{path.name}.part"  # killed while it claimed the folder
     if folder.is_dir() and any(file.name != begun for file in folder.iterdir()):
         if force:
@@ -78,7 +118,8 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
             for file in files:
                 file.unlink(missing_ok=True)
         else:
-            if not path.exists() or read_json(path) != json.loads(json.dumps(config)):
+            # with --force the files of a damaged one would be refused as of something else
+            if not path.exists() or read_json(path, "choose another --out") != json.loads(json.dumps(config)):
                 raise InputError(
                     f"{folder} holds another configuration or other files: choose another --out, or overwrite with "
                     "--force"
@@ -93,5 +134,5 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
 def _is_ours(config: Path) -> bool:
     try:
         return "asam" in json.loads(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False

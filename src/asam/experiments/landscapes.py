@@ -22,6 +22,8 @@ from .files import write
 from .targets import Target, counted
 
 PAGE = "landscape.html"
+ALWAYS = ("planes.svg", "lines.svg", PAGE)
+OURS = ("plane-*.npz", "line-*.npz", "way-*.npz", *ALWAYS)
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def check_free(folder: Path, *, force: bool) -> None:
     """See that the slices may be written there.
 
     Raises:
-        InputError: there can be no such folder, or it holds something and there is no ``force``.
+        InputError: there can be no such folder, or it holds something and there is no ``force``, or what would be
+            overwritten is not of this command.
     """
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
@@ -46,6 +49,9 @@ def check_free(folder: Path, *, force: bool) -> None:
         raise InputError(f"{nearest} is not writable: choose another --out")
     if folder.is_dir() and any(folder.iterdir()) and not force:
         raise InputError(f"{folder} is not empty: choose another --out, or overwrite with --force")
+    found = [file for pattern in OURS for file in sorted(folder.glob(pattern))]
+    if found and not all((folder / name).exists() for name in ALWAYS):  # this command leaves all of them or none
+        raise InputError(f"{found[0]} would be overwritten and is of something else: choose another --out")
 
 
 def passes(targets: list[Target], points: int) -> int:
@@ -78,7 +84,7 @@ def save(slices: Slices, folder: Path) -> list[Path]:
     All of them or, where that fails, none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("plane-*.npz", "line-*.npz", "way-*.npz", "planes.svg", "lines.svg", PAGE):
+    for pattern in OURS:
         for file in folder.glob(pattern):
             file.unlink()
     files = []

@@ -16,7 +16,7 @@ from .. import __version__
 from . import InputError
 from .database import check, file_url
 from .environment import environment
-from .files import claim_folder, plain, write
+from .files import claim_folder, held, plain, write
 from .runs import Runs, Together
 from .study import Findings, Outcome, Scale, Study
 from .study_page import markdown, page
@@ -86,7 +86,8 @@ def reproduce(
     finally:
         runs.close()
     findings = study.report(settings, {run: outcomes[run] for run in study.plan(settings, outcomes)})
-    _save(study, scale, settings, findings, records, folder, storage)
+    with held(folder, wait=True):  # commands that share the runs end together
+        _save(study, scale, settings, findings, records, folder, storage)
     if storage is None:
         for file in sorted(folder.glob(f"{DATABASE}*"), reverse=True):  # no log without its database
             file.unlink(missing_ok=True)
@@ -102,7 +103,8 @@ def claim(study: Study, scale: Scale, settings: Any, folder: Path, storage: str 
     if storage:
         check(storage)
     ours = ("results.jsonl", "table.md", "report.html", f"{DATABASE}*", *_files(folder / "summary.json"))
-    claim_folder(folder, _config(study, scale, settings), last="summary.json", ours=ours, force=force)
+    with held(folder, wait=True):
+        claim_folder(folder, _config(study, scale, settings), last="summary.json", ours=ours, force=force)
 
 
 def _files(summary: Path) -> list[str]:

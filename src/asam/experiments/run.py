@@ -1,13 +1,14 @@
 """A run: everything that decides its outcome, in one frozen configuration that can be stored and read back."""
 
 import json
-import math
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from . import InputError
+
+LARGEST = 1e18  # squares of larger numbers leave the range of float32
 
 
 def _said(text: str, default: Any, *choices: str) -> Any:
@@ -65,7 +66,11 @@ class Run:
     test_size: int | None = _said("Test and validation examples each; by default those of the data set.", None)
     noise: float = _said("Share of wrong training labels.", 0.0)
     augment: bool = _said("Random crops and flips.", False)
-    model: str = _said("mlp, cnn, vit, or a network of pytorchcv such as resnet20 or wrn28-10.", "mlp")
+    model: str = _said(
+        "mlp, cnn, vit, or a network of pytorchcv such as resnet20 or wrn28-10; of help-texts transformer-tiny or "
+        "transformer-iwslt.",
+        "mlp",
+    )
     dropout: float = _said("Dropout rate.", 0.0)
     scale: float = _said("The initial network's first layer times this, the next divided by it.", 1.0)
     evaluate_every: int = _said("Epochs between evaluations.", 1)
@@ -96,21 +101,22 @@ class Run:
             value, choices = getattr(self, item.name), item.metadata["choices"]
             if choices and value not in choices:
                 raise InputError(f"{item.name} must be one of {', '.join(choices)}, got {value!r}")
+        not_negative, positive = (f"a number {sign} 0 and < {LARGEST:g}" for sign in (">=", ">"))
         limits: dict[str, tuple[bool, str]] = {
             "seed": (0 <= self.seed < 2**63, "at least 0 and less than 2**63"),
-            "rho": (0 <= self.rho < math.inf, "a finite number >= 0"),
-            "eta": (0 <= self.eta < math.inf, "a finite number >= 0"),
+            "rho": (0 <= self.rho < LARGEST, not_negative),
+            "eta": (0 <= self.eta < LARGEST, not_negative),
             "p": (self.p > 1, "a number > 1 or inf"),
             "every": (self.every >= 1, "at least 1"),
             "ascent_share": (0 < self.ascent_share <= 1, "more than 0 and at most 1"),
             "exact": (0 <= self.exact <= 1, "a share from 0 to 1"),
-            "momentum_rho": (0 <= self.momentum_rho < math.inf, "a finite number >= 0"),
+            "momentum_rho": (0 <= self.momentum_rho < LARGEST, not_negative),
             "decay": (0 <= self.decay < 1, "at least 0 and less than 1"),
-            "lr": (0 < self.lr < math.inf, "a finite number > 0"),
+            "lr": (0 < self.lr < LARGEST, positive),
             "momentum": (0 <= self.momentum < 1, "at least 0 and less than 1"),
             "beta2": (0 <= self.beta2 < 1, "at least 0 and less than 1"),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "a finite number >= 0"),
-            "clip": (0 <= self.clip < math.inf, "a finite number >= 0"),
+            "weight_decay": (0 <= self.weight_decay < LARGEST, not_negative),
+            "clip": (0 <= self.clip < LARGEST, not_negative),
             "warmup": (self.warmup >= 0, "at least 0"),
             "epochs": (self.epochs >= 1, "at least 1"),
             "batch_size": (self.batch_size >= 1, "at least 1"),
@@ -120,7 +126,7 @@ class Run:
             "test_size": (self.test_size is None or self.test_size >= 1, "at least 1"),
             "noise": (0 <= self.noise < 1, "at least 0 and less than 1"),
             "dropout": (0 <= self.dropout < 1, "at least 0 and less than 1"),
-            "scale": (0 < self.scale < math.inf, "a finite number > 0"),
+            "scale": (0 < self.scale < LARGEST, positive),
             "evaluate_every": (self.evaluate_every >= 1, "at least 1"),
         }
         for name, (holds, allowed) in limits.items():

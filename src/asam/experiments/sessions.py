@@ -18,7 +18,7 @@ from . import logs
 from .checkpoints import load, refusals, save, save_tensors
 from .distributed import agreed, joined
 from .environment import environment
-from .files import claim_folder, plain, write
+from .files import claim_folder, held, plain, write
 from .run import Run
 from .training import Training
 
@@ -50,7 +50,7 @@ def execute(
     Raises:
         InputError: the folder holds something else, a checkpoint of another run, or what cannot be read.
     """
-    with joined(run) as place, ExitStack() as logging:
+    with joined(run) as place, ExitStack() as until_the_end:
         first, checkpoint = place.rank == 0, folder / CHECKPOINT
         with agreed(place):  # what cannot run is refused before the folder is touched
             training = Training(run, place)
@@ -58,6 +58,7 @@ def execute(
                 logs.library(log)
         with agreed(place):
             if first:
+                until_the_end.enter_context(held(folder))
                 claim(run, folder, force=force)
         with agreed(place):
             state = load(checkpoint, run, place.world) if checkpoint.exists() else None
@@ -70,9 +71,9 @@ def execute(
         if first:
             before = logs.kept(training.curves, run)
             sinks.append(logs.lines(folder / "metrics.jsonl", before))
-            sinks.append(logging.enter_context(logs.tensorboard(folder / "tensorboard", before)))
+            sinks.append(until_the_end.enter_context(logs.tensorboard(folder / "tensorboard", before)))
             if log != "none":
-                sinks.append(logging.enter_context(logs.service(log, folder, asdict(run))))
+                sinks.append(until_the_end.enter_context(logs.service(log, folder, asdict(run))))
 
         def epoch_done(epoch: int, metrics: dict[str, float]) -> None:
             with agreed(place):

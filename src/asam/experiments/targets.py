@@ -49,6 +49,8 @@ def find(
     Raises:
         InputError: there is no such thing, or it is not what it should be.
     """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must be at least 0 and less than 2**63, got {seed}")
     targets: list[Target] = []
     made = None if function is None else _call(function, examples, seed)
     for name in names:
@@ -72,10 +74,10 @@ def _run(path: Path, examples: int, normalize_logits: bool) -> Target:
     bare = path.with_suffix("") if path.suffix in (".json", ".pt") else path
     configuration, weights = bare.with_name(bare.name + ".json"), bare.with_name(bare.name + ".pt")
     if not configuration.exists():
-        hint = ": for a checkpoint of your own, name the function that makes its model with --model module:function"
-        raise InputError(
-            f"{path} is not a run of asam compare{hint if path.exists() else ', and there is no such file'}"
-        )
+        hint = ", and there is no such file"
+        if path.exists():
+            hint = ": for a checkpoint of your own, name the function that makes its model with --model module:function"
+        raise InputError(f"{path} is not a run of asam compare or asam train{hint}")
     try:
         run = as_run(read_run(configuration), "the file")
     except InputError as error:

@@ -5,8 +5,16 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from . import InputError
+
+NARROWEST = 80  # columns in which every table shows its values
+
+
+def print_table(table: Table) -> None:
+    """Print a table; in a narrower terminal its lines are broken, and no values left out."""
+    Console(width=max(NARROWEST, Console().width)).print(table)
 
 
 @contextmanager

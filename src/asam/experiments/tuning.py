@@ -7,6 +7,7 @@ stopped. The best few are trained again from fresh seeds, and those runs decide.
 import json
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -20,7 +21,7 @@ from .. import __version__
 from . import InputError
 from .database import check, file_url
 from .environment import environment
-from .files import claim_folder, plain, write
+from .files import claim_folder, held, plain, write
 from .runs import Runs
 from .search import FINISHED, Search, last_error, offer_starts, opened_study, searched
 from .trainings import Choice, find
@@ -48,7 +49,8 @@ def claim(search: Search, folder: Path, storage: str | None, *, force: bool) -> 
     if storage:
         check(storage)
     config = {"asam": __version__, **asdict(search)}
-    claim_folder(folder, config, last="tune.json", ours=(f"{DATABASE}*", "tune.json.part"), force=force)
+    with held(folder, wait=True):
+        claim_folder(folder, config, last="tune.json", ours=(f"{DATABASE}*", "tune.json.part"), force=force)
 
 
 def tune(
@@ -61,6 +63,7 @@ def tune(
     """
     url = storage or file_url(folder / DATABASE)
     runs = Runs(url, search.name("confirming"))
+    nothing_done = False
     try:
         with opened_study(search, url) as study:
             offer_starts(search, study)
@@ -71,20 +74,35 @@ def tune(
                 progress(min(finished, search.trials) + len(outcomes), search.trials + len(confirming))
                 return finished >= search.trials and confirming.keys() <= outcomes.keys()
 
-            if workers == 1:
-                _work(search, url, look)
-            else:
-                work_together(_work, (search, url), workers, look)
+            try:
+                if workers == 1:
+                    _work(search, url, look)
+                else:
+                    work_together(_work, (search, url), workers, look)
+            except InputError:
+                states = {trial.state for trial in study.get_trials(deepcopy=False)}
+                nothing_done = states <= {TrialState.WAITING, TrialState.FAIL}
+                raise
             found = _result(search, study.get_trials(states=FINISHED), runs.outcomes())
     finally:
         runs.close()
+        if nothing_done and storage is None:  # nothing to go on with
+            _remove_database(folder)
+            (folder / "config.json").unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
     if storage:  # it may hold a password
         found["environment"]["command"] = found["environment"]["command"].replace(storage, "URL")
-    write(folder / "tune.json", json.dumps(plain(found), indent=1) + "\n")
+    with held(folder, wait=True):  # commands that share the trials end together
+        write(folder / "tune.json", json.dumps(plain(found), indent=1) + "\n")
     if storage is None:
-        for file in sorted(folder.glob(f"{DATABASE}*"), reverse=True):  # no log without its database
-            file.unlink(missing_ok=True)
+        _remove_database(folder)
     return found
+
+
+def _remove_database(folder: Path) -> None:
+    for file in sorted(folder.glob(f"{DATABASE}*"), reverse=True):  # no log without its database
+        file.unlink(missing_ok=True)
 
 
 def _work(search: Search, url: str, look: Callable[[], object] = lambda: None) -> None:
