@@ -23,6 +23,7 @@ SCALE = 2.0**10
 
 @pytest.fixture(autouse=True)
 def one_accelerator_a_test():
+    AcceleratorState._reset_state(reset_partial_state=True)  # a test of another file may have left one
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
