@@ -106,6 +106,8 @@ def log_ticks(low: float, high: float) -> dict[float, str]:
         >>> list(log_ticks(2.205, 2.291).values()), list(log_ticks(0.004, 12).values())
         (['2.22', '2.24', '2.26', '2.28'], ['0.01', '0.1', '1', '10'])
     """
+    from matplotlib.ticker import MaxNLocator
+
     powers = range(math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9) + 1)
     every = -(-len(powers) // 5)
     if len(powers) >= 3:
@@ -115,11 +117,9 @@ def log_ticks(low: float, high: float) -> dict[float, str]:
     else:
         around = [10.0**power for power in range(powers.start - 1, powers.stop + 1)]
         ticks = [ten * one for ten in around for one in (1, 3) if low <= ten * one <= high]
-        if len(ticks) < 3:  # evenly spaced
-            coarse = (high - low) / 6
-            ten = 10.0 ** math.floor(math.log10(coarse))
-            step = next(ten * one for one in (1, 2, 2.5, 5, 10) if ten * one >= coarse)
-            ticks = [step * i for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
+        if len(ticks) < 3:
+            even = map(float, MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high))
+            ticks = [tick for tick in even if low <= tick <= high]
     short = all(math.isclose(float(f"{tick:g}"), tick, rel_tol=1e-11) for tick in ticks)
     return {tick: f"{tick:g}" if short else f"{tick:.12g}" for tick in ticks}
 
