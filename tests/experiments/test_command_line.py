@@ -140,6 +140,15 @@ def test_signs_that_the_encoding_lacks_are_replaced(monkeypatch):
     assert out.buffer.getvalue() == b"? ?\n"
 
 
+def test_an_output_without_an_encoding(monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(cli, "run", lambda: print("± …"))
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert out.getvalue() == "± …\n"
+
+
 def test_a_path_that_is_no_unicode_can_stand_in_a_file(tmp_path):
     files.write(tmp_path / "a.html", "<code>\udcff</code>")
     assert (tmp_path / "a.html").read_bytes() == b"<code>?</code>"
