@@ -56,7 +56,7 @@ def climbed(u: Tensor, point: Point | Maximum, p: float, length: float) -> Tenso
     The projection is Euclidean: in a ball of another p the steepest direction would lead past the maximum.
     """
     if p == math.inf:
-        return point.gradient.sign().mul_(length).add_(u)
+        return torch.add(u, point.gradient.sign(), alpha=length)
     return plus(u, point.gradient, point.norm, length)
 
 
