@@ -174,7 +174,7 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         SPLITS,
         "Time is CPU time of the training steps on one thread, evaluation left out, the mean over seeds over that of "
         "plain training, with a bootstrap interval over seeds. Runs are not timed side by side, as the steps of `make "
-        "bench` are, and plain training's come first: the machine's speed may differ by a tenth between them, where a "
+        "bench` are, and plain training's come first: the machine's speed may differ by a fifth between them, where a "
         "step takes less than a millisecond by a half.",
         "Plain training is the base optimizer alone: SGD, for the transformers on digits AdamW. The aim is "
         f"{KEPT:g} % of the gain at {WALL_CLOCK:g} of its time, wherever ASAM has a gain.",
