@@ -25,8 +25,14 @@ PLAIN = "Plain"
 ECONOMICAL = {0.1: "Economical, 10 % exact", 0.25: "Economical, 25 % exact"}
 AGAINST = "Against own mean"
 MOMENTUM = "Against the optimizer's momentum"
-SELDOM = ("ASAM, every 5th step", "ASAM, every 5th step, quarter batch", "ASAM, every 10th step")
-SEVERAL = (*SELDOM, "ASAM, quarter batch", AGAINST, MOMENTUM, *ECONOMICAL.values())
+# In what they differ from ASAM, and their rho in units of ASAM's.
+CHEAPER: dict[str, tuple[dict[str, Any], float]] = {
+    "ASAM, every 5th step": ({"every": 5}, 2),
+    "ASAM, every 5th step, quarter batch": ({"every": 5, "ascent_share": 0.25}, 2),
+    "ASAM, every 10th step": ({"every": 10}, 3),
+    "ASAM, quarter batch": ({"ascent_share": 0.25}, 1),
+}
+SEVERAL = (*CHEAPER, AGAINST, MOMENTUM, *ECONOMICAL.values())
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,10 @@ def _tuning(settings: Settings, part: Part) -> Tuning:
             Method(f"{PLAIN}, twice the epochs", {"epochs": 2 * part.epochs}),
             Method("SAM", {"method": "sam"}, "rho", times(part.sam)),
             Method("ASAM", {"method": "asam"}, "rho", part.rhos),
-            Method(SELDOM[0], {"method": "asam", "every": 5}, "rho", times(2)),
-            Method(SELDOM[1], {"method": "asam", "every": 5, "ascent_share": 0.25}, "rho", times(2)),
-            Method(SELDOM[2], {"method": "asam", "every": 10}, "rho", times(3)),
-            Method("ASAM, quarter batch", {"method": "asam", "ascent_share": 0.25}, "rho", part.rhos),
+            *(
+                Method(label, {"method": "asam"} | changes, "rho", times(factor))
+                for label, (changes, factor) in CHEAPER.items()
+            ),
             Method(AGAINST, free, "momentum_rho", times(2)),
             Method(MOMENTUM, free | {"memory": "optimizer"}, "momentum_rho", times(2)),
             *(
@@ -178,6 +184,9 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         "step takes less than a millisecond by a half.",
         "Plain training is the base optimizer alone: SGD, for the transformers on digits AdamW. The aim is "
         f"{KEPT:g} % of the gain at {WALL_CLOCK:g} of its time, wherever ASAM has a gain.",
+        "The transformer with noise and the network on glyphs were set so that ASAM has a gain to keep, on two seeds "
+        "that are not reported. Trained on glyphs for fewer steps, where that network underfits, ASAM was worse than "
+        "plain training there; with the multilayer perceptron it had no gain.",
         "Gain kept is of mean test errors, with a bootstrap interval over seeds, only where ASAM is better than plain "
         "training.",
         "Each form's rho is chosen from as many values by validation error on seeds that are not reported. Of the "
