@@ -33,6 +33,7 @@ ARGUMENTS = {
     ],
     "weight_averaging.py": ["--epochs", "4", "--seeds", "1"],
 }
+MARKS = {"ddp.py": pytest.mark.slow, "fsdp2.py": pytest.mark.fsdp2, "transformers_sentences.py": pytest.mark.slow}
 
 
 def run(folder, example, *arguments, places=({},)):
@@ -97,10 +98,7 @@ def archive_like_the_real_one(path):
 
 @pytest.mark.parametrize(
     "example",
-    [
-        pytest.param(path.name, marks=[pytest.mark.fsdp2] if path.name == "fsdp2.py" else [])
-        for path in sorted(EXAMPLES.glob("*.py"))
-    ],
+    [pytest.param(path.name, marks=MARKS.get(path.name, ())) for path in sorted(EXAMPLES.glob("*.py"))],
 )
 def test_an_example_runs(example, tmp_path):
     if example == "transformers_sentences.py":

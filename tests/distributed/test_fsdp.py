@@ -49,6 +49,7 @@ def test_two_shards(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.fsdp2
 def test_replicas_of_shards(tmp_path):
     launch(tmp_path, 4, hybrid_sharding, tensor_parallelism_of_shards)

@@ -108,6 +108,7 @@ def test_foreign_folder_is_not_touched(asam, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_does_not_wait_for_long_runs(tmp_path):
     out = tmp_path / "out"
     process = program("--seeds", "1", "--epochs", "100000", "--workers", "2", "--out", out)
@@ -131,6 +132,7 @@ def test_an_interrupt_with_force_goes_on_without(asam, monkeypatch):
     assert done.said == ["asam: interrupted; the same command without --force goes on from here"]
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_it_goes_on_to_the_same_results(asam, finished, tmp_path):
     out = tmp_path / "out"
 

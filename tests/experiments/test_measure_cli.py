@@ -375,7 +375,7 @@ def test_help_fits_80_columns(asam, monkeypatch, command):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1200, 420])
+@pytest.mark.parametrize("width", [1200, pytest.param(420, marks=pytest.mark.slow)])
 def test_the_landscape_page_in_a_browser(asam, browser, runs, tmp_path, width):
     assert asam("landscape", runs / "sgd-mlp", runs / "asam-mlp", "--points", 5)[0] == 0
     page = browser(tmp_path / "asam-landscape" / "landscape.html", width)

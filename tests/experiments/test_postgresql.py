@@ -142,6 +142,7 @@ def test_four_workers_one_of_them_killed_do_every_run_once(server, tmp_path):
     assert sorted(int(number) for number, _ in lines) == sorted([*range(24), int(in_hand)])
 
 
+@pytest.mark.slow
 def test_two_commands_share_the_runs_and_write_the_same(server, tmp_path):
     log = tmp_path / "log"
     log.mkdir()

@@ -204,6 +204,7 @@ def test_no_space_left_for_the_database(asam, log, tmp_path):
     assert len(performed(log)) <= 61 + 1  # at most the run that could not be written was done again
 
 
+@pytest.mark.slow
 def test_interrupted_and_killed_it_goes_on_to_the_same_summary(asam, log, tmp_path, monkeypatch):
     arguments = ("--data-dir", log, "--out", tmp_path / "out", "--workers", 2)
     first = program(*arguments, start_new_session=True)

@@ -28,6 +28,7 @@ def one_accelerator_a_test():
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.slow
 @pytest.mark.fsdp2
 def test_two_processes(tmp_path):
     # --cpu would start one process whatever --num_processes says; --multi_gpu starts them, and gloo joins them

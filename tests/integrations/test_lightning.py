@@ -170,6 +170,7 @@ def test_a_compiled_module_is_compiled_once():
     assert_same(module.state_dict(), fit(plain, SharpnessAware(), epochs=4))
 
 
+@pytest.mark.slow
 @pytest.mark.fsdp2
 def test_ddp_and_fsdp2(tmp_path):
     script = Path(__file__).with_name("lightning_processes.py")

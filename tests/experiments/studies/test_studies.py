@@ -14,7 +14,8 @@ from asam.experiments import data, reproduce
 from asam.experiments.studies import tuned
 from asam.experiments.study import CONTRADICTED, REPRODUCES, UNDECIDED
 
-NAMES = ("rescaling", "noise", "bias", "rho", "bound", "correlation", "images", "imagenet", "cost")
+LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("images", "imagenet")]
+NAMES = ["rescaling", "noise", "bias", "rho", "bound", "correlation", "cost", *LARGE]
 FIELDS = ["claim", "quantity", "estimate", "low", "high", "n", "verdict"]
 
 
@@ -137,8 +138,8 @@ def verdicts(done, settings, outcomes, claim):
         ("rescaling", "ASAM", "At the worst scale ASAM", 1),
         ("noise", "ASAM", "ASAM has a lower test error than", 10),
         ("bias", "ASAM, weights only", "ASAM, weights only has a lower test error than", 3),
-        ("images", "ASAM", "ASAM has a lower test error than", 4),
-        ("imagenet", "ASAM", "ASAM has a lower test error than", 2),
+        pytest.param("images", "ASAM", "ASAM has a lower test error than", 4, marks=pytest.mark.slow),
+        pytest.param("imagenet", "ASAM", "ASAM has a lower test error than", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_method_made_worse_turns_the_verdict(studied, name, changed, claim, count):
