@@ -16,7 +16,6 @@ multiprocessing.set_forkserver_preload([*PRELOADED.split(), "asam.experiments.se
 
 
 def pytest_collection_finish():
-    gc.freeze()  # the collector would look at a million objects again and again
     gc.enable()
 
 
@@ -35,3 +34,5 @@ def only_new_objects():
     """Let the collector list only what the tests of a module make, for those that count what is alive."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()

@@ -4,6 +4,7 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -14,6 +15,7 @@ from . import InputError
 from .processes import end, end_with_parent, interrupts_held_back
 
 LOOK = 0.5  # seconds between looks at how far the work is
+SHARE = 0.02  # of the time, at most, that is taken by looking: the cores are the workers'
 
 
 def work_together(
@@ -35,12 +37,14 @@ def work_together(
                 process.start()
                 processes[process] = ours
             theirs.close()
-        done = look()
-        while alive := [process.sentinel for process in processes if process.is_alive()]:
-            wait(alive, timeout=LOOK)
+        alive, pause = {process.sentinel: process for process in processes}, 0.0
+        while alive:
+            for sentinel in wait(list(alive), timeout=pause):
+                alive.pop(sentinel).join()
             _raise_first(processes.values())
-            done = look()
-        _raise_first(processes.values())
+            begun = time.monotonic()
+            done = look()  # once more after the last has ended
+            pause = max(LOOK, (time.monotonic() - begun) / SHARE)
     finally:
         end(list(processes))
     if not done:
