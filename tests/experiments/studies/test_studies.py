@@ -4,7 +4,6 @@ import json
 import re
 from copy import deepcopy
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -31,8 +30,8 @@ def studied(tmp_path_factory):
     def perform(name):
         if name == "images" and not data.FASHION_FOLDER.is_dir():
             pytest.skip("Fashion-MNIST is not installed")
-        if name in ("images", "imagenet") and find_spec("pytorchcv") is None:
-            pytest.skip("pytorchcv is not installed")
+        if name in ("images", "imagenet"):
+            pytest.importorskip("pytorchcv")
         if name not in found:
             study = reproduce.find(name)
             settings = reproduce.configured(study, "quick")
