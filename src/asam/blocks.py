@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import native
-from .kernels import HALF, compiled, measured, measured_and_copied, move_, moved, rounded, wide
+from .kernels import HALF, compiled, factors, measured, measured_and_copied, move_, moved, rounded, wide
 from .layout import common_order, flat, laid_out, put_back, views
 from .native import NativeBlock
 from .norms import DualNorm, together
@@ -139,7 +139,7 @@ class Block:
 
     q: float
     sign: int
-    factors: tuple[Tensor, ...]
+    factors: tuple[Any, ...]
 
     def __init__(self, pieces: list[Piece], eta: float, execution: Execution) -> None:
         # those with T = |w| + eta first, then those with a scale of their own, then those with T = 1
@@ -244,3 +244,11 @@ def dual_norm(blocks: list[Block | NativeBlock], q: float) -> DualNorm:
     if not blocks:
         return DualNorm(torch.zeros(()), torch.zeros(()))
     return together([block.largest_and_norm(q) for block in blocks], q)
+
+
+def factors_of(blocks: list[Block | NativeBlock], q: float, rho: float) -> tuple[Tensor | float, ...]:
+    """The numbers that each of these blocks takes to make its part of the perturbation of size ``rho`` >= 0."""
+    if len(blocks) == 1 and isinstance(blocks[0], NativeBlock):
+        return (blocks[0].factor(rho),)
+    norm = dual_norm(blocks, q)
+    return factors(q, rho, norm.largest, norm.norm)

@@ -93,5 +93,5 @@ def unit_of(units: Sequence[Tensor]) -> Tensor:
 
 def total(losses: Sequence[Tensor]) -> Tensor:
     """The sum of the losses."""
-    scalars = [loss.reshape(()) for loss in losses]
+    scalars = [loss if loss.ndim == 0 else loss.reshape(()) for loss in losses]
     return scalars[0] if len(scalars) == 1 else torch.stack(scalars).sum()

@@ -19,7 +19,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, packed
+from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, factors_of, packed
 from .checks import check_choice, check_number, check_rho
 from .kernels import HALF, factors
 from .native import NativeBlock
@@ -219,6 +219,7 @@ class Geometry:
         if is_sharded(params):
             blocks, norm = self._cut_shards(names, kinds, params, grads, targets, q, execution)
             grads.clear()
+            numbers = factors(q, abs(rho), norm.largest, norm.norm)
         else:
             scales = [
                 None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())
@@ -228,12 +229,10 @@ class Geometry:
             grads.clear()
             del scales
             blocks = packed(pieces, self.eta, q, execution)
-            norm = dual_norm(blocks, q)
-        sign, numbers = (-1 if rho < 0 else 1), factors(q, abs(rho), norm.largest, norm.norm)
-        blocks.reverse()
-        while blocks:
+            numbers = factors_of(blocks, q, abs(rho))
+        while blocks:  # from the last on, part of which is still in the cache
             block = blocks.pop()
-            block.q, block.sign, block.factors = q, sign, numbers
+            block.q, block.sign, block.factors = q, (-1 if rho < 0 else 1), numbers
             yield block
             del block
 

@@ -4,6 +4,7 @@ As it stands, one operation runs after the other; torch's compiler puts them tog
 does instead is the same for float32 and q = 2.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -43,7 +44,7 @@ def factors(q: float, rho: float, largest: Tensor, norm: Tensor) -> tuple[Tensor
     """What :func:`perturbation` takes, from the two numbers of :func:`measured` over all tensors, for 0 <= rho."""
     if q == 2:
         # half of the factor to each T, so that neither product leaves the range of floating point
-        return ((rho / norm).sqrt() / largest.sqrt(),)
+        return (norm.rsqrt() * largest.rsqrt() * math.sqrt(rho),)
     if q == 1:
         # sign(nan) is 0; largest is not finite where any gradient is not, and passes that on
         return (rho * (largest * 0 + 1),)

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -19,16 +20,20 @@
 
 namespace {
 
-// Call f(i, start, size) for the i-th CHUNK of n elements, on so many threads.
+// Call f(i, start, size) for the i-th CHUNK of n elements, from the last on where `backwards`, on so many threads.
 template <class F>
-void chunks(int64_t n, int threads, F f) {
+void chunks(int64_t n, int threads, bool backwards, F f) {
   const int64_t count = (n + CHUNK - 1) / CHUNK;
+  const auto call = [&](int64_t k) {
+    const int64_t i = backwards ? count - 1 - k : k;
+    f(i, i * CHUNK, std::min<int64_t>(CHUNK, n - i * CHUNK));
+  };
   if (count == 1 || threads == 1) {  // without what it takes to ask OpenMP
-    for (int64_t i = 0; i < count; ++i) f(i, i * CHUNK, std::min<int64_t>(CHUNK, n - i * CHUNK));
+    for (int64_t k = 0; k < count; ++k) call(k);
     return;
   }
 #pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) f(i, i * CHUNK, std::min<int64_t>(CHUNK, n - i * CHUNK));
+  for (int64_t k = 0; k < count; ++k) call(k);
 }
 
 // Squares of float32 numbers neither underflow nor overflow in float64.
@@ -66,6 +71,8 @@ VECTORIZED void plain_move(float* w, const float* g, float* saved, int64_t n, fl
   }
 }
 
+int64_t elements(int64_t count, const int64_t* sizes) { return std::accumulate(sizes, sizes + count, int64_t(0)); }
+
 }  // namespace
 
 extern "C" {
@@ -84,43 +91,44 @@ int overlap(int64_t count, const int64_t* sizes, float* const* w) {
 void measure(int64_t count, const int64_t* sizes, float* const* w, const float* const* g, int64_t adaptive, float eta,
              int threads, float* result) {
   double total = 0;
-  int64_t elements = 0;
   std::vector<double> parts;
   for (int64_t t = 0; t < count; ++t) {
     parts.assign((sizes[t] + CHUNK - 1) / CHUNK, 0);
-    chunks(sizes[t], threads, [&](int64_t i, int64_t start, int64_t n) {
+    chunks(sizes[t], threads, false, [&](int64_t i, int64_t start, int64_t n) {
       parts[i] = t < adaptive ? adaptive_squares(w[t] + start, g[t] + start, n, eta) : plain_squares(g[t] + start, n);
     });
     for (double part : parts) total += part;  // in this order on any number of threads
-    elements += sizes[t];
   }
-  const double mean = std::sqrt(total / elements);
+  const double mean = std::sqrt(total / elements(count, sizes));
   const double unit = mean < FLT_MIN ? FLT_MIN : mean;  // nan stays nan
   result[0] = float(unit);
   result[1] = float(std::sqrt(total) / unit);
 }
 
-// Save every tensor, one after the other, and move it by sign T (factor^2 g) T. `away` is set before the first moves.
+// Save every tensor, laid end to end, and move it by sign T (factor^2 g) T. `away` is set before the first moves. From
+// the last on, as what `measure` has read last is still in the cache.
 void move(int64_t count, const int64_t* sizes, float* const* w, const float* const* g, int64_t adaptive, float eta,
           int threads, float factor, float sign, float* saved, int32_t* away) {
   *away = 1;
-  for (int64_t t = 0; t < count; ++t) {
-    chunks(sizes[t], threads, [&](int64_t, int64_t start, int64_t n) {
+  saved += elements(count, sizes);
+  for (int64_t t = count - 1; t >= 0; --t) {
+    saved -= sizes[t];
+    chunks(sizes[t], threads, true, [&](int64_t, int64_t start, int64_t n) {
       if (t < adaptive)
         adaptive_move(w[t] + start, g[t] + start, saved + start, n, eta, factor, sign);
       else
         plain_move(w[t] + start, g[t] + start, saved + start, n, factor, sign);
     });
-    saved += sizes[t];
   }
 }
 
-// Copy back what was saved, one tensor after the other.
+// Copy back what was saved, from the last on.
 void put_back(int64_t count, const int64_t* sizes, float* const* w, int threads, const float* saved) {
-  for (int64_t t = 0; t < count; ++t) {
-    chunks(sizes[t], threads,
+  saved += elements(count, sizes);
+  for (int64_t t = count - 1; t >= 0; --t) {
+    saved -= sizes[t];
+    chunks(sizes[t], threads, true,
            [&](int64_t, int64_t start, int64_t n) { std::memcpy(w[t] + start, saved + start, n * sizeof(float)); });
-    saved += sizes[t];
   }
 }
 }

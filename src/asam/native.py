@@ -5,6 +5,7 @@ nothing is written in between, and w is saved while it is moved.
 """
 
 import ctypes
+import math
 import os
 import shlex
 import subprocess
@@ -86,15 +87,14 @@ class NativeBlock:
 
     q: float
     sign: int
-    factors: tuple[Tensor, ...]
+    factors: tuple[Any, ...]
 
     def __init__(self, loops: ctypes.CDLL, params: list[Tensor], grads: list[Tensor], adaptive: int, eta: float):
         self.targets = params
         self._loops, self._grads, self._adaptive, self._eta = loops, grads, adaptive, eta
         self._sizes = array("q", [param.numel() for param in params])
-        self._shapes = [param.shape for param in params]
-        self._strides = [param.stride() for param in params]
-        self._pointers = array("Q", [param.data_ptr() for param in params])
+        self._places = _places(params)
+        self._pointers = array("Q", [pointer for pointer, *_ in self._places])
         self._gradients = array("Q", [grad.data_ptr() for grad in grads])
         self._saved: Tensor | None = None
         self._away = array("i", [0])
@@ -111,21 +111,29 @@ class NativeBlock:
 
     def largest_and_norm(self, _q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_2`` in it: two numbers that neither underflow nor overflow."""
-        numbers = torch.empty(2, dtype=torch.float32, device="cpu")
-        self._loops.measure(*self._tensors(), *self._scaled(), numbers.data_ptr())
-        unit, norm = numbers
+        unit, norm = torch.tensor(self._measured(), dtype=torch.float32, device="cpu")
         return unit, norm
+
+    def factor(self, rho: float) -> float:
+        """What :func:`asam.kernels.factors` makes of these two numbers, without an operation of torch."""
+        unit, norm = self._measured()
+        return math.sqrt(rho / max(norm, 0.5)) / math.sqrt(unit)
+
+    def _measured(self) -> "array[float]":
+        numbers = array("f", [0, 0])
+        self._loops.measure(*self._tensors(), *self._scaled(), _address(numbers))
+        return numbers
 
     def keep(self) -> None:
         """Make room for what :meth:`move` saves."""
-        self._saved = torch.empty(sum(self._sizes), dtype=torch.float32, device="cpu")
+        self._saved = self.targets[0].new_empty(sum(self._sizes))
 
     def move(self) -> None:
         """Add the perturbation to the targets in place, each saved before."""
         assert self._saved is not None
         (factor,) = self.factors
         places = self._saved.data_ptr(), _address(self._away)
-        self._loops.move(*self._tensors(), *self._scaled(), factor.item(), self.sign, *places)
+        self._loops.move(*self._tensors(), *self._scaled(), float(factor), self.sign, *places)
         increment_version(self.targets)
 
     def let_go(self) -> None:
@@ -136,21 +144,20 @@ class NativeBlock:
         """Make the targets what they were again, and return those whose shape had to be put back first."""
         if self._saved is None or not self._away[0]:
             return []
-        targets = self.targets
-        if (
-            array("Q", [target.data_ptr() for target in targets]) == self._pointers
-            and [target.shape for target in targets] == self._shapes
-            and [target.stride() for target in targets] == self._strides
-            and {target.dtype for target in targets} == {torch.float32}
-        ):
+        if _places(self.targets) == self._places:
             self._loops.put_back(*self._tensors(), torch.get_num_threads(), self._saved.data_ptr())
-            increment_version(targets)
+            increment_version(self.targets)
             return []
         # some are in other memory now, or have another shape or dtype
         parts = torch.split(self._saved, list(self._sizes))
-        places = zip(parts, self._shapes, self._strides, strict=True)
-        return put_back(targets, [part.as_strided(shape, stride) for part, shape, stride in places])
+        before = zip(parts, self._places, strict=True)
+        return put_back(self.targets, [part.as_strided(shape, stride) for part, (_, shape, stride, _) in before])
 
 
-def _address(numbers: "array[int]") -> int:
+def _places(tensors: list[Tensor]) -> list[tuple[int, torch.Size, tuple[int, ...], torch.dtype]]:
+    """Where each lies, and how it is read."""
+    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+
+
+def _address(numbers: "array[Any]") -> int:
     return numbers.buffer_info()[0]

@@ -4,7 +4,7 @@ The ascent pass leaves ``.grad`` alone: what earlier micro-batches have put ther
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +67,7 @@ class Passes:
         """
         through = self.through_grad(backward)
         units: list[Tensor] = []
-        with self._replicas.apart(accumulating=through):
+        with self._replicas.apart(accumulating=through) if self._replicas else nullcontext():
             if through:
                 params = dict(self._params)
                 loss, grads = self._into_grad(closures, backward, units)
