@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -219,7 +220,7 @@ class Geometry:
         if is_sharded(params):
             blocks, norm = self._cut_shards(names, kinds, params, grads, targets, q, execution)
             grads.clear()
-            numbers = factors(q, abs(rho), norm.largest, norm.norm)
+            numbers: tuple[Any, ...] = factors(q, abs(rho), norm.largest, norm.norm)
         else:
             scales = [
                 None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())
