@@ -7,7 +7,7 @@ import torch
 from slow_reference import assert_near, scale
 from test_geometry import RHO, mappings
 
-from asam import Geometry
+from asam import Geometry, projection
 from asam.norms import safe_norm
 from asam.projection import nearest_in_ball
 
@@ -159,3 +159,14 @@ def test_any_p_in_a_ball_of_any_size(rho, p):
     assert (rest > -1e-6 * rho).all()
     if p == 1000:  # nearly a box
         torch.testing.assert_close(nearer["weight"], u["weight"].clamp(max=rho / 10), rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("p", [1.2, 1.9, 3, 20])
+@pytest.mark.parametrize("outside", [1.01, 1.7, 1000.0])
+def test_a_few_steps_find_it(outside, p, monkeypatch):
+    real, calls = projection._shrunk, []
+    monkeypatch.setattr(projection, "_shrunk", lambda *arguments: (calls.append(arguments), real(*arguments))[1])
+    u = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rho = safe_norm(u, p).item() / outside
+    assert safe_norm(nearest_in_ball(u, p, rho), p).item() == pytest.approx(rho, rel=1e-12)
+    assert len(calls) <= 25

@@ -7,12 +7,16 @@ from torch import Tensor
 
 from .norms import safe_norm
 
+NEWTON = 60  # steps at most; mostly four to eight are taken
+TINY = torch.finfo(torch.float64).tiny
+LARGEST = math.log(torch.finfo(torch.float64).max)
+
 
 def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
     """The nearest point to u with ``||.||_p <= rho``.
 
     In closed form for p = 2 and inf. Otherwise by the optimality conditions, elementwise with x = |result|:
-    ``x + l p x^(p-1) = |u|`` for the one multiplier l that gives the norm rho; both are found by bisection.
+    ``x + m x^(p-1) = |u|`` for the one multiplier m that gives the norm rho; both are found by Newton's method.
     """
     if p == math.inf:
         return u.clamp(-rho, rho)
@@ -23,26 +27,39 @@ def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
         return u.clone()
     if rho == 0:
         return torch.zeros_like(u)
-    if not math.isfinite(norm):  # no bisection would end
+    if not math.isfinite(norm):  # Newton's method would find nothing
         return torch.full_like(u, math.nan)
     target = u.abs().double() / rho  # powers of numbers around 1, in a ball of size 1
+    # of this multiplier and without the x in x + m x^(p-1) the norm would be 1
+    low, high = 0.0, float(safe_norm(target, p / (p - 1)))
+    multiplier = high
+    for _ in range(NEWTON):
+        x = _shrunk(target, multiplier, p)
+        size = float(safe_norm(x, p))
+        if abs(size - 1) <= 1e-13:
+            break
+        low, high = (multiplier, high) if size > 1 else (low, multiplier)
+        # of size^(1-p), which for p = 2 is linear in m; where that leads beyond what is known, the middle
+        rest = target - x
+        fall = float(((x / size) ** (p - 1) * x * rest / (x + (p - 1) * rest).clamp(min=TINY)).sum())
+        power = math.exp(min(p * math.log(size), LARGEST))
+        multiplier *= 1 - (size - power) / ((p - 1) * max(fall, TINY))
+        if not low < multiplier < high:
+            multiplier = (low + high) / 2
+    return (rho * x / max(size, 1.0) * u.sign()).to(u.dtype)
 
-    def shrunk(multiplier: float) -> Tensor:
-        low, high = torch.zeros_like(target), target.clone()
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = middle + multiplier * p * middle ** (p - 1) > target
-            high = torch.where(above, middle, high)
-            low = torch.where(above, low, middle)
-        return low
 
-    low, high = 0.0, 1.0
-    while safe_norm(shrunk(high), p) > 1:
-        low, high = high, high * 4
-    for _ in range(60):
-        middle = (low + high) / 2
-        if safe_norm(shrunk(middle), p) > 1:
-            low = middle
-        else:
-            high = middle
-    return (rho * shrunk(high) * u.sign()).to(u.dtype)
+def _shrunk(target: Tensor, multiplier: float, p: float) -> Tensor:
+    """The x of ``x + m x^(p-1) = target``. For p < 2 it is y^(1/(p-1)) with ``m y + y^(1/(p-1)) = target``.
+
+    Both have the form a y + b y^n with n >= 1, which is convex: Newton's method from above comes down to the root. It
+    begins with at most twice that, where one of the two terms alone is the target.
+    """
+    a, b, n = (1.0, multiplier, p - 1) if p >= 2 else (multiplier, 1.0, 1 / (p - 1))
+    y = torch.minimum(target / a, (target / b) ** (1 / n))
+    for _ in range(NEWTON):
+        step = (a * y + b * y**n - target) / (a + b * n * y ** (n - 1))
+        y = y - step
+        if bool((step <= 1e-15 * y).all()):
+            break
+    return y if p >= 2 else y**n
