@@ -170,3 +170,11 @@ def test_a_few_steps_find_it(outside, p, monkeypatch):
     rho = safe_norm(u, p).item() / outside
     assert safe_norm(nearest_in_ball(u, p, rho), p).item() == pytest.approx(rho, rel=1e-12)
     assert len(calls) <= 25
+
+
+@pytest.mark.parametrize("p", [1.2, 20])
+def test_what_is_not_found_in_time_is_in_the_ball(p, monkeypatch):
+    monkeypatch.setattr(projection, "NEWTON", 1)
+    u = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rho = safe_norm(u, p).item() / 1.7
+    assert 0 < safe_norm(nearest_in_ball(u, p, rho), p).item() <= rho * (1 + 1e-12)
