@@ -9,6 +9,7 @@ from .norms import safe_norm
 
 NEWTON = 60  # steps at most; mostly four to eight are taken
 TINY = torch.finfo(torch.float64).tiny
+BLOCK = 2**16  # elements that are worked on at a time on the CPU: what is made of them stays in a core's cache
 LARGEST = math.log(torch.finfo(torch.float64).max)
 
 
@@ -32,18 +33,23 @@ def nearest_in_ball(u: Tensor, p: float, rho: float) -> Tensor:
     target = u.abs().double() / rho  # powers of numbers around 1, in a ball of size 1
     # of this multiplier and without the x in x + m x^(p-1) the norm would be 1
     low, high = 0.0, float(safe_norm(target, p / (p - 1)))
-    multiplier = high
+    # the same step as below, from 0: right for a point that is not far from the ball
+    size = float(safe_norm(target, p))
+    fall = float(((target / size) ** (2 * p - 2)).sum())
+    multiplier = min(high, max(TINY, (size - size ** (2 - p)) / ((p - 1) * max(fall, TINY))))
+    block = BLOCK if u.is_cpu else u.numel()
+    close = 1e-13 if u.dtype == torch.float64 else 1e-8  # smaller than rounding
     for _ in range(NEWTON):
-        x = _shrunk(target, multiplier, p)
+        x = torch.cat([_shrunk(part, multiplier, p) for part in torch.split(target, block)])
         size = float(safe_norm(x, p))
-        if abs(size - 1) <= 1e-13:
+        if abs(size - 1) <= close:
             break
         low, high = (multiplier, high) if size > 1 else (low, multiplier)
         # of size^(1-p), which for p = 2 is linear in m; where that leads beyond what is known, the middle
         rest = target - x
         fall = float(((x / size) ** (p - 1) * x * rest / (x + (p - 1) * rest).clamp(min=TINY)).sum())
-        power = math.exp(min(p * math.log(size), LARGEST))
-        multiplier *= 1 - (size - power) / ((p - 1) * max(fall, TINY))
+        growth = math.exp(min(p * math.log(size), LARGEST))
+        multiplier *= 1 - (size - growth) / ((p - 1) * max(fall, TINY))
         if not low < multiplier < high:
             multiplier = (low + high) / 2
     return (rho * x / max(size, 1.0) * u.sign()).to(u.dtype)
@@ -58,8 +64,8 @@ def _shrunk(target: Tensor, multiplier: float, p: float) -> Tensor:
     a, b, n = (1.0, multiplier, p - 1) if p >= 2 else (multiplier, 1.0, 1 / (p - 1))
     y = torch.minimum(target / a, (target / b) ** (1 / n))
     for _ in range(NEWTON):
-        step = (a * y + b * y**n - target) / (a + b * n * y ** (n - 1))
-        y = y - step
-        if bool((step <= 1e-15 * y).all()):
+        power = y ** (n - 1)
+        above, y = y, torch.addcmul(target, power, y, value=b * (n - 1)).div_(power.mul_(b * n).add_(a))
+        if not bool((above.sub_(y) > y * (1e-8 / n)).any()):  # the next step would be the square of that
             break
     return y if p >= 2 else y**n
