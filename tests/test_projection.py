@@ -190,3 +190,17 @@ def test_a_point_that_rounding_alone_puts_outside(p):
         rounded += safe_norm(u, p).item() > rho
         torch.testing.assert_close(nearest_in_ball(u, p, rho), u, rtol=1e-6, atol=0)
     assert rounded  # in some of them
+
+
+@pytest.mark.parametrize(("p", "spread"), [(1.001, 8), (1.2, 4), (3, 0), (20, 0)])
+def test_one_multiplier_holds_for_elements_of_any_magnitude(p, spread):
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(200, generator=generator, dtype=torch.float64)
+    u *= (spread * torch.randn(200, generator=generator, dtype=torch.float64)).exp()
+    rho = safe_norm(u, p).item() / 30
+    x, target = nearest_in_ball(u, p, rho).abs() / rho, u.abs() / rho
+    assert safe_norm(x, p).item() == pytest.approx(1, rel=1e-12)
+    some = (x > 1e-9) & (x < 0.9 * target)  # of the others rounding leaves no multiplier
+    multipliers = ((target - x) / x ** (p - 1))[some]
+    assert len(multipliers) > (3 if p > 1.001 else 0)  # there one element is nearly all
+    torch.testing.assert_close(multipliers, multipliers.mean().expand_as(multipliers), rtol=1e-7, atol=0)

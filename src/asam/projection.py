@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .norms import safe_norm
 
-NEWTON = 60  # steps at most; mostly four to eight are taken
+NEWTON = 60  # steps at most; mostly three to seven are taken
 TINY = torch.finfo(torch.float64).tiny
 BLOCK = 2**16  # elements that are worked on at a time on the CPU: what is made of them stays in a core's cache
 LARGEST = math.log(torch.finfo(torch.float64).max)
