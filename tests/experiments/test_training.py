@@ -1,5 +1,6 @@
 """The trainer behind every run: a plain loop, its schedules and base optimizers."""
 
+import copy
 import math
 
 import pytest
@@ -84,6 +85,33 @@ def test_the_other_base_optimizers(optimizer):
     assert type(training.optimizer).__name__.lower() == optimizer
     group = training.optimizer.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.9, 0.98), 0.1)
+
+
+class Stopped(Exception):  # noqa: N818
+    pass
+
+
+@pytest.mark.parametrize("stop", range(13))
+def test_stopped_after_any_step_it_goes_on_in_the_same_numbers(stop):
+    run = Run("economical", rho=0.5, dropout=0.2, epochs=3, batch_size=128)  # 4 steps an epoch
+    whole = Training(run)
+    whole.advance()
+
+    def step_done():
+        if first.step == stop:
+            raise Stopped
+
+    first = Training(run)
+    if stop:
+        with pytest.raises(Stopped):
+            first.advance(step_done=step_done)
+    state = copy.deepcopy(first.state())
+    second = Training(run)
+    second.load_state(state)
+    second.advance()
+    for name, value in whole.weights().items():
+        assert torch.equal(value, second.weights()[name]), name
+    assert second.curves == whole.curves
 
 
 def test_data_that_is_not_there_is_refused_by_the_task():

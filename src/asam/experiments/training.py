@@ -117,7 +117,7 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "minimizer": {} if self.minimizer is None else self.minimizer.state_dict(),
-            "epoch_start": self._epoch_start,
+            "epoch_start": self._epoch_start if self.step % self.task.steps else self.generator.get_state(),
             "random": from_all(random.cpu(), self.place),
             "step": self.step,
             "seconds": self.seconds,
@@ -133,6 +133,7 @@ class Training:
         if self.minimizer is not None:
             self.minimizer.load_state_dict(state["minimizer"])
         self._epoch_start = state["epoch_start"]
+        self.generator.set_state(self._epoch_start)
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random"][self.place.rank], self.device)
         else:
