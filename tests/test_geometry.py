@@ -219,6 +219,19 @@ def test_norm_of_a_large_float32_tensor():
     assert exact_norm(nearer) == pytest.approx(RHO / 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("p", [1.2, 4 / 3, 1.5, 2, 3, 4, math.inf])
+def test_norms_of_other_orders(p):
+    generator = torch.Generator().manual_seed(0)
+    params = {"weight": torch.zeros(1000, 1000)}
+    # some much larger than others
+    grads = {"weight": torch.randn(1000, 1000, generator=generator) * torch.rand(1000, 1000, generator=generator) ** 8}
+    ball = Geometry("none", p=p)
+    e = ball.maximizer(params, grads, RHO)
+    assert torch.linalg.vector_norm(e["weight"].double(), p).item() == pytest.approx(RHO, rel=1e-5)
+    exact = torch.linalg.vector_norm(grads["weight"].double(), p).item()
+    assert ball.norm(params, grads).item() == pytest.approx(exact, rel=1e-5)
+
+
 def test_perturbation_where_the_scale_is_zero():
     ball = Geometry(eta=0.0)
     w = {"weight": torch.tensor([0.0, 2.0])}
