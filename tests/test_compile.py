@@ -14,13 +14,19 @@ from asam.blocks import COMPILED_FROM
 from asam.kernels import compiled
 
 WIDE = 400
-assert WIDE**2 > COMPILED_FROM
+BLOCK, ALONE = 2**17, 8  # of compiled code here: the largest tensor is cut in two, and small ones are laid end to end
+assert WIDE**2 > BLOCK > 2 * COMPILED_FROM
+assert BLOCK // ALONE > 100**2
 
 
 def network():
-    """Tensors that are compiled for: large ones, a large one with its channels last, and many small ones together."""
-    layers = nn.ModuleList([nn.Linear(WIDE, WIDE), nn.Conv2d(64, 256, 3).to(memory_format=torch.channels_last)])
-    return layers.extend(nn.Linear(100, 100) for _ in range(16))
+    """Tensors that are compiled for: large ones, a large one with its channels last, and many small ones together.
+
+    The first that is compiled for, as blocks are moved from the last on, is a slice of the largest.
+    """
+    layers = nn.ModuleList([nn.Conv2d(64, 256, 3).to(memory_format=torch.channels_last)])
+    layers.extend(nn.Linear(100, 100) for _ in range(16))
+    return layers.append(nn.Linear(WIDE, WIDE))
 
 
 def there(model, **options):
@@ -49,6 +55,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:Sk
 @pytest.fixture(autouse=True)
 def start(monkeypatch):
     monkeypatch.setattr("asam.native.library", lambda: None)
+    monkeypatch.setattr("asam.blocks.COMPILED_BLOCK", BLOCK)
+    monkeypatch.setattr("asam.blocks.COMPILED_ALONE", ALONE)
     compiled.cache_clear()
     torch.compiler.reset()
     yield
@@ -113,11 +121,11 @@ def test_against_the_momentum():
 def test_more_geometries_than_torch_allows_code_for_run_as_they_are():
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     with torch._dynamo.config.patch({limit: 1}):
-        assert_compiled_is_eager(network()[:1], bias="fixed")
+        assert_compiled_is_eager(network()[-1:], bias="fixed")
         with pytest.warns(UserWarning, match="compile=True has no effect"):
-            assert_compiled_is_eager(network()[:1], bias="fixed", p=3)
+            assert_compiled_is_eager(network()[-1:], bias="fixed", p=3)
         with torch._dynamo.config.patch(error_on_recompile=True):
-            assert_compiled_is_eager(network()[:1], bias="fixed")
+            assert_compiled_is_eager(network()[-1:], bias="fixed")
 
 
 @pytest.mark.parametrize(("name", "tries"), [("BackendCompilerFailed", 1), ("FailOnRecompileLimitHit", 3)])
@@ -141,8 +149,11 @@ def test_an_error_of_the_arithmetic_is_told(monkeypatch):
         compiled(lambda value: 1 / value)(0)
 
 
-def test_without_a_compiler_it_runs_as_it_is_with_one_warning():
-    model = network()[:1]
+def test_without_a_compiler_it_runs_as_it_is_with_one_warning(monkeypatch):
+    # in the same blocks, so that both add up in the same order
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", BLOCK)
+    monkeypatch.setattr("asam.blocks.CPU_ALONE", ALONE)
+    model = network()[-1:]
     slow = there(model)
     with (
         fresh_inductor_cache(),

@@ -19,14 +19,15 @@ from .layout import common_order, flat, laid_out, put_back, views
 from .native import NativeBlock
 from .norms import DualNorm, together
 
-# Elements in a block: what stays in a core's cache on the CPU; what bounds the scratch memory on an accelerator.
-CPU_BLOCK = 2**18
+# Elements in a block: what stays in the cache of each core that works on it; on an accelerator, what bounds the scratch
+# memory.
+CPU_BLOCK = 2**16
 ACCELERATOR_BLOCK = 2**24
 # Elements in a block that compiled code works on: it has no scratch memory, and a call of it costs as much as 2**16.
 COMPILED_BLOCK = 2**20
 # A tensor of more elements than this part of a block is one of its own: to lay it beside others would take longer than
 # it saves. Compiled code has more work for those.
-ALONE, COMPILED_ALONE = 16, 32
+CPU_ALONE, ACCELERATOR_ALONE, COMPILED_ALONE = 4, 16, 32
 # Elements in a tensor that take as long to copy three times as a view of it takes to make.
 FEW = 2**12
 # Blocks of fewer elements gain nothing from being compiled for.
@@ -45,7 +46,7 @@ class Piece(NamedTuple):
     def part(self, index: int | slice) -> "Piece":
         """The row or the rows of that index."""
         scale = None if self.scale is None else self.scale[index]
-        param = self.param[index]
+        param = self.param.detach()[index]  # torch compiles no write to a view of what requires a gradient
         target = param if self.target is self.param else self.target[index]
         return Piece(param, self.grad[index], target, scale, self.elementwise)
 
@@ -73,8 +74,7 @@ def packed(pieces: list[Piece], eta: float, q: float, execution: "Execution") ->
     pieces.clear()
     parts: list[list[Piece]] = []
     for (device, _), members in groups.items():
-        limit = ACCELERATOR_BLOCK if device.type != "cpu" else COMPILED_BLOCK if execution.compile else CPU_BLOCK
-        alone = limit // (COMPILED_ALONE if execution.compile else ALONE)
+        limit, alone = _limits(device, execution.compile)
         small, room = list[Piece](), 0
         for piece in members:
             size = piece.param.numel()
@@ -93,6 +93,16 @@ def packed(pieces: list[Piece], eta: float, q: float, execution: "Execution") ->
     while parts:
         blocks.append(Block(parts.pop(), eta, execution))
     return blocks
+
+
+def _limits(device: torch.device, compile: bool) -> tuple[int, int]:
+    """Elements in a block, and those from which on a tensor is one of its own."""
+    if device.type != "cpu":
+        return ACCELERATOR_BLOCK, ACCELERATOR_BLOCK // (COMPILED_ALONE if compile else ACCELERATOR_ALONE)
+    if compile:
+        return COMPILED_BLOCK, COMPILED_BLOCK // COMPILED_ALONE
+    limit = CPU_BLOCK * torch.get_num_threads()
+    return limit, limit // CPU_ALONE
 
 
 def _without_native(pieces: list[Piece], eta: float, blocks: "list[Block | NativeBlock]") -> list[Piece]:
