@@ -7,7 +7,7 @@ import torch
 from slow_reference import assert_same, shapes_problem, weights
 from torch import nn
 
-from asam import ASAM, SAM, Geometry, SharpnessAwareOptimizer, norm_parameters, weight_parameters
+from asam import ASAM, SAM, Geometry, Momentum, SharpnessAwareOptimizer, norm_parameters, weight_parameters
 
 NUMBERS = [("a string", TypeError, "str"), (None, TypeError, "NoneType"), (True, TypeError, "bool")]
 RHO = [*NUMBERS, (torch.tensor(0.5), TypeError, "Tensor"), (-0.1, ValueError, "-0.1")]
@@ -162,6 +162,36 @@ def test_what_a_closure_must_return(convert, error, message, rho):
     model, closure = shapes_problem()
     with pytest.raises(error, match=f"^{message}"):
         ASAM(model, rho=rho).backward(lambda: convert(closure()))
+
+
+@pytest.mark.parametrize("retain_graph", [False, True])
+@pytest.mark.parametrize("way", ["closure", "ascent", "rho zero", "momentum"])
+def test_a_closure_that_calls_backward_itself(way, retain_graph):
+    # that of torch.optim, which would fail in torch's words, or double the gradient
+    model, closure = shapes_problem()
+    asam = ASAM(model, rho=0 if way == "rho zero" else 0.5, direction=Momentum() if way == "momentum" else None)
+
+    def with_backward():
+        model.zero_grad()
+        loss = closure()
+        loss.backward(retain_graph=retain_graph)
+        return loss
+
+    closures = {"closure": closure, "ascent": with_backward} if way == "ascent" else {"closure": with_backward}
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"^the closure changes \.grad: it must compute the loss and return it, wi"
+        ):
+            asam.backward(**closures)
+    model.zero_grad()
+    asam.backward(closure)
+
+
+def test_a_parameter_that_is_the_loss_collects_no_hooks():
+    model = nn.Linear(1, 1)
+    for _ in range(3):
+        ASAM(model).backward(lambda: model.bias, backward=lambda loss: loss.backward())
+    assert not model.bias._backward_hooks
 
 
 def test_no_gradient_anywhere():

@@ -279,3 +279,14 @@ def test_a_coefficient_is_one_number():
     model = nn.Linear(3, 1)
     with pytest.raises(ValueError, match=r"^combine must return scalar tensors, got shape \(3,\)$"):
         SAM(model, combine=lambda *_: (torch.ones(3), 1.0)).backward(lambda: model(torch.ones(2, 3)).sum())
+
+
+def test_a_sparse_gradient_at_w_plus_e_alone_is_refused():
+    model = nn.ModuleList([nn.Embedding(5, 3, sparse=True), nn.Linear(3, 1)])
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"^SAM does not take sparse gradients, and '0\.weight' has one"):
+        SAM(model, combine=weighted).backward(
+            lambda: model[1](model[0](torch.tensor([1, 3]))).square().mean(),
+            ascent=lambda: model[1](torch.ones(2, 3)).square().mean(),
+        )
+    assert_same(weights(model), before)

@@ -249,6 +249,22 @@ def test_a_memory_begins_with_the_first_gradient_that_is_finite(direction):
         assert_near(one, other)
 
 
+def test_without_a_mean_the_gradient_is_climbed_whatever_its_weight():
+    model, seen = nn.Linear(3, 1), []
+    before = weights(model)
+
+    def closure(factor):
+        seen.append(weights(model))
+        return model(torch.ones(2, 3)).square().mean() * factor
+
+    asam = SAM(model, rho=0.1, direction=Gradient(weight=0.0, mean=1.0))
+    for factor in (math.inf, 1.0, 1.0):
+        asam.backward(lambda factor=factor: closure(factor))
+    for there in (seen[3], seen[5]):
+        e = torch.cat([(there[name] - before[name]).flatten() for name in before])
+        assert e.norm().item() == pytest.approx(0.1, rel=1e-5)
+
+
 def test_a_memory_of_weights_of_several_types():
     model = nn.Sequential(nn.Linear(3, 3, dtype=torch.bfloat16), nn.Linear(3, 1, dtype=torch.float64))
     asam = ASAM(model, direction=Gradient(mean=-1.0), rounding="stochastic")

@@ -208,3 +208,13 @@ def test_what_exact_steps_refuse_is_told_in_the_first():
     with pytest.raises(RuntimeError, match=r"parameters behind .* with use_reentrant=True have no gradient"):
         asam.backward(closure)
     asam.backward(closure, backward=torch.Tensor.backward)
+
+
+def test_it_has_no_rho_to_be_set():
+    model = nn.Linear(3, 1)
+    asam = EconomicalASAM(model, steps=2, rho=0.5, momentum_rho=0.7, exact=0.5)
+    for rho in (0.7, 0.5):
+        asam.backward(lambda: model(torch.ones(2, 3)).square().mean())
+        assert asam.rho == rho
+    with pytest.raises(AttributeError, match=r"^EconomicalASAM has two rho: set momentum\.rho and exact\.rho$"):
+        asam.rho = 0.0

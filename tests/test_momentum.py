@@ -9,8 +9,9 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 from trainings import Training, add_
 
-from asam import ASAM, Momentum, weight_parameters
+from asam import ASAM, EconomicalASAM, Momentum, weight_parameters
 
+LINEAR = nn.Linear(3, 1)
 OWN = {"own": lambda optimizer, **more: Momentum(decay=0.5, **more), "optimizer": Momentum}
 
 
@@ -255,10 +256,21 @@ def test_a_group_that_is_added_later_is_climbed_once_it_has_momentum():
     assert moved == [False, False, True]
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adafactor])
+class Around(torch.optim.Optimizer):
+    """An optimizer that leaves the state to the one that it wraps."""
+
+    def __init__(self, params, **options):
+        self.base = torch.optim.SGD(params, momentum=0.9, **options)
+        super().__init__(self.base.param_groups, self.base.defaults)
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adagrad, torch.optim.Adafactor, Around])
 def test_an_optimizer_without_momentum(base):
     training = Training("the optimizer's momentum", base=base)
-    if base is torch.optim.Adafactor:  # it shows only once it has taken a step
+    if base is not torch.optim.Adagrad:  # it shows only once it has taken a step
         training.step(0)
     before = weights(training.model)
     with pytest.raises(RuntimeError, match=rf"^{base.__name__} keeps no momentum to climb against: give it one"):
@@ -267,6 +279,25 @@ def test_an_optimizer_without_momentum(base):
     training.asam.rho = 0.0
     training.step(2)
     assert not torch.equal(training.model.head.weight, before["head.weight"])
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop])
+@pytest.mark.parametrize("make", [Momentum, lambda optimizer: EconomicalASAM(LINEAR, steps=9, optimizer=optimizer)])
+def test_an_optimizer_whose_momentum_is_0_is_refused_at_once(make, base):
+    with pytest.raises(ValueError, match=rf"^{base.__name__} keeps no momentum to climb against: give it one"):
+        make(base(LINEAR.parameters(), lr=0.1))
+
+
+def test_a_momentum_that_comes_late_is_no_missing_one():
+    # what is perturbed is frozen in the first step, which leaves the state of the others alone
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 1))
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    asam = ASAM(model, direction=Momentum(optimizer), params=["2.weight"])
+    for _ in range(2):
+        asam.backward(lambda: model[0](torch.ones(2, 3)).sum())
+        optimizer.step()
+    assert asam.loss_at == "w"
 
 
 def test_an_ascent_of_its_own_is_of_no_account():

@@ -106,6 +106,14 @@ def test_weight_parameters():
     assert names == ["block.conv.weight", "head.weight", "trap.weight", "embedding.weight"]
 
 
+def test_a_weight_without_a_shape_is_not_left_out_in_silence():
+    model = nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(1))
+    with pytest.raises(ValueError, match=r"^'1\.weight' has no shape yet: run a batch through the model first$"):
+        weight_parameters(model)
+    model(torch.ones(2, 2))
+    assert names_of(model, weight_parameters(model)) == ["0.weight", "1.weight"]
+
+
 def test_without_normalization_layers_there_is_nothing():
     assert norm_parameters(nn.Linear(2, 1)) == []
     with pytest.raises(ValueError, match="params leaves nothing to perturb"):

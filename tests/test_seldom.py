@@ -109,7 +109,7 @@ def test_combinations_of_replicas_need_a_shared_ascent():
     asam = ASAM(replica, combine=lambda g00, g01, g11: (0.5, 0.5), sync_ascent=True)
     asam.backward(lambda: replica(torch.ones(1, 2)).sum())
     kept = replica.module.weight.grad.clone()
-    with pytest.raises(RuntimeError, match="where gradients accumulate: clear them after each call"):
+    with pytest.raises(RuntimeError, match="where gradients accumulate: set them to None after each call"):
         asam.backward(lambda: replica(torch.ones(1, 2)).sum())
     assert torch.equal(replica.module.weight.grad, kept)
 

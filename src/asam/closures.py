@@ -23,6 +23,28 @@ def as_closures(argument: str, value: Closure | Sequence[Closure]) -> Sequence[C
     return closures
 
 
+def forward_only(closure: Closure, params: Sequence[Tensor]) -> Closure:
+    """The closure, which is refused if it changes ``.grad``, as one that calls ``loss.backward()`` does."""
+
+    def looked_at() -> Tensor:
+        before = held(params)
+        loss = closure()
+        if any(now is not None and now != then for then, now in zip(before, held(params), strict=True)):
+            raise RuntimeError(
+                "the closure changes .grad: it must compute the loss and return it, without loss.backward(), which "
+                "backward(closure) calls itself; a closure that does so is for SharpnessAwareOptimizer.step"
+            )
+        return loss
+
+    return looked_at
+
+
+def held(params: Sequence[Tensor]) -> list[tuple[int, int] | None]:
+    """What is in .grad: which tensors, of which version."""
+    grads = [param.grad for param in params]
+    return [None if grad is None else (id(grad), grad._version) for grad in grads]
+
+
 def loss_of(closure: Closure) -> Tensor:
     """The loss that a closure returns, once it is known to be a scalar with a graph."""
     loss = checked(closure())
@@ -61,9 +83,7 @@ def check_reaches_parameters(loss: Tensor) -> None:
         nodes += [following for following, _ in node.next_functions]
 
 
-def descend(
-    closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor] | None = None
-) -> Tensor:
+def descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor]) -> Tensor:
     """Run every closure and its backward pass, and return the sum of the losses.
 
     Into ``units`` goes by what the user's ``backward`` multiplies each loss, a loss scale or a share of a batch: it is
@@ -72,13 +92,15 @@ def descend(
     losses = []
     for closure in closures:
         loss = loss_of(closure)
-        if units is not None and backward is not None:
-            # a loss of shape (1,) is a scalar too
-            loss.register_hook(lambda unit: units.append(unit.detach().reshape(())))  # type: ignore[no-untyped-call]
         if backward is None:
             torch.autograd.backward(loss)
         else:
-            backward(loss)
+            # a loss of shape (1,) is a scalar too
+            handle = loss.register_hook(lambda unit: units.append(unit.detach().reshape(())))  # type: ignore[no-untyped-call]
+            try:
+                backward(loss)
+            finally:
+                handle.remove()  # a parameter that is the loss itself lives on
         losses.append(loss.detach())
     return total(losses)
 

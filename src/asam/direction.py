@@ -8,12 +8,15 @@ A maximizer depends on the direction of d alone, so d needs no bias correction a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .checks import check_count, check_number
 from .closures import unit_of
@@ -22,6 +25,12 @@ from .sharding import groups, local, summed, widest
 
 # Where torch's optimizers, and those built like them, keep a mean of their gradients.
 MOMENTA = ("momentum_buffer", "exp_avg")
+
+
+_NO_MOMENTUM = (
+    "{} keeps no momentum to climb against: give it one, such as momentum=0.9, or hand over the optimizer that it "
+    "wraps, or use Momentum() with a memory of its own"
+)
 
 
 class Mean:
@@ -37,26 +46,28 @@ class Mean:
         """Take up gradients; the first of a parameter is its mean."""
         with torch.no_grad():
             finite = all_finite(grads)
-            weights: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+            weight = self.or_one(1 - self.decay)
             for name, grad in zip(names, grads, strict=True):
                 here = finite.to(grad.device, non_blocking=True)
                 if name not in self.values:
                     self.values[name] = torch.where(here, wide(grad), 0)
                 else:
                     mean = self.values[name]
-                    kind = mean.device, mean.dtype
-                    if kind not in weights:
-                        weights[kind] = self._weight(*kind)
-                    mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), weights[kind])
+                    mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), weight(mean))
             if self._empty is None:
                 self._empty = ~finite
             else:
                 self._empty &= ~finite
 
-    def _weight(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """That of a new gradient."""
-        weight = torch.full((), 1 - self.decay, dtype=dtype, device=device)
-        return weight if self._empty is None else weight.masked_fill(self._empty.to(device, non_blocking=True), 1)
+    def or_one(self, weight: float) -> Callable[[Tensor], Tensor]:
+        """The weight of a new gradient, as a scalar beside a tensor: 1 as long as there is no mean."""
+
+        @cache
+        def beside(device: torch.device, dtype: torch.dtype) -> Tensor:
+            value = torch.full((), weight, dtype=torch.float32 if dtype in HALF else dtype, device=device)
+            return value if self._empty is None else value.masked_fill(self._empty.to(device, non_blocking=True), 1)
+
+        return lambda tensor: beside(tensor.device, tensor.dtype)
 
     def state_dict(self) -> dict[str, Any]:
         """The means by the parameters' names, copies."""
@@ -153,8 +164,9 @@ class Gradient:
         values = self._memory.values
         with torch.no_grad():
             grads = in_units(grads, units)
+            weight = self._memory.or_one(self.weight)
             directions = [
-                grad if name not in values else self.weight * grad + self.mean * values[name]
+                grad if name not in values else weight(grad) * grad + self.mean * values[name]
                 for name, grad in zip(names, grads, strict=True)
             ]
         self._memory.update(names, grads)
@@ -168,6 +180,23 @@ class Gradient:
         """Take up what :meth:`state_dict` gave."""
         if self.remembers:
             self._memory.load(state_dict["mean"], params)
+
+
+# The optimizers of a Momentum that have no state yet, and whether they have taken a step with a gradient.
+_stateless: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+
+
+def _look_at_state(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    if optimizer in _stateless:
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        trained = [param for param in params if param.grad is not None]
+        if any(optimizer.state.get(param) for param in trained):
+            del _stateless[optimizer]
+        elif trained:
+            _stateless[optimizer] = True
+
+
+register_optimizer_step_post_hook(_look_at_state)
 
 
 class Momentum:
@@ -203,6 +232,10 @@ class Momentum:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         check_count("statistics_every", statistics_every, 1)
         self._optimizer = optimizer
+        if optimizer is not None:
+            if all(group.get("momentum") == 0 for group in optimizer.param_groups):
+                raise ValueError(_NO_MOMENTUM.format(type(optimizer).__name__))
+            _stateless[optimizer] = False
         self._memory = Mean(decay)
         self.statistics_every = statistics_every
         self._calls = 0
@@ -239,13 +272,8 @@ class Momentum:
                     f"{type(self._optimizer).__name__} holds none of the parameters that are perturbed: give Momentum "
                     "the optimizer that trains this model"
                 )
-        # SGD leaves no state at all where it has no momentum
-        without = any(states) or all(group.get("momentum") == 0 for group in self._optimizer.param_groups)
-        if without and all(value is None for value in found):
-            raise RuntimeError(
-                f"{type(self._optimizer).__name__} keeps no momentum to climb against: give it one, such as "
-                "momentum=0.9, or use Momentum() with a memory of its own"
-            )
+        if (any(states) or _stateless.get(self._optimizer)) and all(value is None for value in found):
+            raise RuntimeError(_NO_MOMENTUM.format(type(self._optimizer).__name__))
         return found
 
     def looks(self) -> bool:

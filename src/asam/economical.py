@@ -98,6 +98,15 @@ class EconomicalASAM:
         return f"{type(self).__name__}(exact={self.exact}, momentum={self.momentum}, calls={self._calls})"
 
     @property
+    def rho(self) -> float:
+        """Neighborhood size of the step that was last; to be set for both kinds of steps apart."""
+        return self._last.rho
+
+    @rho.setter
+    def rho(self, rho: float) -> None:
+        raise AttributeError("EconomicalASAM has two rho: set momentum.rho and exact.rho")
+
+    @property
     def loss_at(self) -> str:
         """Where the loss that ``backward`` returned last was taken, ``"w"`` or ``"w + e"``."""
         return self._last.loss_at

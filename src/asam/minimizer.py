@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .blocks import Execution
 from .checks import check_choice, check_rho
-from .closures import Closure, as_closures, checked, descend, total
+from .closures import Closure, as_closures, checked, descend, forward_only, total
 from .combination import Combine, combine_
 from .direction import Gradient, Momentum
 from .geometry import Geometry
@@ -132,7 +132,7 @@ class ASAM:
         if combine is not None and not self._direction.needs_ascent:
             raise ValueError("combine needs the gradient at w, and direction=Momentum(...) takes none")
         self._execution = Execution(compile, rounding == "stochastic")
-        self._active = False
+        self._active = self._called = False
         self._loss_at = "w"
 
     @property
@@ -191,34 +191,48 @@ class ASAM:
         ascents = descents if ascent is None else as_closures("ascent", ascent)
         if backward is not None and not callable(backward):
             raise TypeError(f"backward must be a callable that takes the loss, got {type(backward).__name__}")
+        if backward is None and not self._called:  # what is wrong with a closure is so from the start
+            everything = list(self._model.parameters())
+            descents, ascents = ([forward_only(item, everything) for item in items] for items in (descents, ascents))
         with self._entered(), torch.enable_grad():
-            if isinstance(self._direction, Momentum):
-                return self._without_ascent(self._direction, descents, backward)
-            if self.rho == 0:
-                return descend(descents, backward)
-            before = self._random_state() if self.replay_rng else None
-            loss, names, params, grads, units_at_w = self._passes.ascend(ascents, backward, averaged=self.sync_ascent)
-            at_w = list(grads) if self._combine else []
-            grads = self._direction.climbed(names, grads, units_at_w)
-            units: list[Tensor] = []
+            loss = self._step(descents, ascents, backward)
+        self._called = True
+        return loss
 
-            def descent() -> None:
-                after = None
-                if before is not None:
-                    after = self._random_state()
-                    before.restore()
-                try:
-                    descend(descents, backward, units)
-                finally:
-                    if after is not None:
-                        after.restore()
+    def _step(
+        self,
+        descents: Sequence[Closure],
+        ascents: Sequence[Closure],
+        backward: Callable[[Tensor], Any] | None,
+    ) -> Tensor:
+        if isinstance(self._direction, Momentum):
+            return self._without_ascent(self._direction, descents, backward)
+        if self.rho == 0:
+            return descend(descents, backward, [])
+        before = self._random_state() if self.replay_rng else None
+        loss, names, params, grads, units_at_w = self._passes.ascend(ascents, backward, averaged=self.sync_ascent)
+        at_w = list(grads) if self._combine else []
+        grads = self._direction.climbed(names, grads, units_at_w)
+        units: list[Tensor] = []
 
-            with self._passes.alone() if self._combine else nullcontext():
-                run_at(self._moved(names, params, grads, self.rho), descent)
-                if self._combine:
-                    met = set(params)
-                    late = [param for param in self._params.values() if param.grad is not None and param not in met]
-                    combine_(self._combine, [*params, *late], [*at_w, *[None] * len(late)], (units_at_w, units))
+        def descent() -> None:
+            after = None
+            if before is not None:
+                after = self._random_state()
+                before.restore()
+            try:
+                descend(descents, backward, units)
+            finally:
+                if after is not None:
+                    after.restore()
+
+        with self._passes.alone() if self._combine else nullcontext():
+            run_at(self._moved(names, params, grads, self.rho), descent)
+            if self._combine:
+                self._passes.check_dense(self._params, [param.grad for param in self._params.values()])
+                met = set(params)
+                late = [param for param in self._params.values() if param.grad is not None and param not in met]
+                combine_(self._combine, [*params, *late], [*at_w, *[None] * len(late)], (units_at_w, units))
         return loss
 
     def _without_ascent(

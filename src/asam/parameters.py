@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 # LayerNorm, BatchNorm2d, GroupNorm, LayerNorm2d, T5LayerNorm, LlamaRMSNorm, ...
 _NORM_CLASS = re.compile(r"Norm(\dd)?$")
@@ -35,11 +36,17 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
 def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
     """The parameters of two dimensions or more: weights of linear and convolutional layers, embeddings.
 
+    Raises:
+        ValueError: a lazy layer has not seen a batch yet, so that its weight has no shape.
+
     Example:
         >>> [tuple(p.shape) for p in weight_parameters(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))]
         [(3, 2)]
     """
     check_model(model)
+    for name, param in model.named_parameters():
+        if is_lazy(param):
+            raise ValueError(f"{name!r} has no shape yet: run a batch through the model first")
     return [param for param in model.parameters() if param.ndim >= 2]
 
 

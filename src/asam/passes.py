@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .closures import Closure, check_reaches_parameters, descend, loss_of, total
+from .closures import Closure, check_reaches_parameters, descend, held, loss_of, total
 from .replicas import Replicas
 from .sharding import Unsharded, is_sharded
 
@@ -71,6 +71,7 @@ class Passes:
             if through:
                 params = dict(self._params)
                 loss, grads = self._into_grad(closures, backward, units)
+                self._look_at_missing(grads)
             else:
                 params = {name: param for name, param in self._params.items() if param.requires_grad}
                 loss, grads = self._apart_from_grad(closures, list(params.values()))
@@ -97,9 +98,9 @@ class Passes:
         for closure in closures:
             loss = loss_of(closure)
             if params:
-                held = _held(params)
+                before = held(params)
                 new = torch.autograd.grad(loss, params, allow_unused=True)
-                if _held(params) != held:
+                if held(params) != before:
                     raise RuntimeError(
                         "the model's backward pass runs another one, which writes .grad (a reversible layer, a "
                         "checkpoint of its own): torch.autograd.grad does not see that gradient, pass "
@@ -107,24 +108,27 @@ class Passes:
                     )
                 # not in place: autograd may hand out one buffer for two parameters
                 grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)] if grads else list(new)
-                missing = [grad is None for grad in new]
-                if missing != self._missing:  # to look at the graph takes long: when something is different
-                    check_reaches_parameters(loss)
-                    self._missing = missing
+                self._look_at_missing(new, loss)
             losses.append(loss.detach())
         return total(losses), grads
+
+    def _look_at_missing(self, grads: Sequence[Tensor | None], loss: Tensor | None = None) -> None:
+        """Raise if parameters have no gradient for a reason that should be told.
+
+        To find out takes long: it is done when others are missing than before.
+        """
+        missing = [grad is None for grad in grads]
+        if missing != self._missing:
+            if loss is not None:
+                check_reaches_parameters(loss)
+            self._check_still_the_models()
+            self._missing = missing
 
     def present(
         self, params: Mapping[str, nn.Parameter], grads: list[Tensor | None], *, averaged: bool
     ) -> tuple[list[str], list[Tensor], list[Tensor]]:
         """Names, parameters and gradients of the parameters that have a gradient, on any process if averaged."""
-        layouts = [torch.strided if grad is None else grad.layout for grad in grads]
-        if layouts.count(torch.strided) < len(layouts):
-            name = next(name for name, layout in zip(params, layouts, strict=True) if layout != torch.strided)
-            raise RuntimeError(
-                f"{self._caller} does not take sparse gradients, and {name!r} has one: build the layer with "
-                "sparse=False, or leave it out with params=..."
-            )
+        self.check_dense(params, grads)
         if averaged and not self._sharded:
             self._replicas.average_(list(params.values()), grads)
         rows = zip(params.items(), grads, strict=True)
@@ -142,6 +146,27 @@ class Passes:
         names, chosen, values = zip(*found, strict=True)
         return list(names), list(chosen), list(values)
 
+    def check_dense(self, params: Mapping[str, nn.Parameter], grads: Sequence[Tensor | None]) -> None:
+        """Raise if any of the gradients of these parameters is sparse."""
+        layouts = [torch.strided if grad is None else grad.layout for grad in grads]
+        if layouts.count(torch.strided) < len(layouts):
+            name = next(name for name, layout in zip(params, layouts, strict=True) if layout != torch.strided)
+            raise RuntimeError(
+                f"{self._caller} does not take sparse gradients, and {name!r} has one: build the layer with "
+                "sparse=False, or leave it out with params=..."
+            )
+
+    def _check_still_the_models(self) -> None:
+        """Raise if the model has got another parameter in the place of one that was there at first."""
+        now = dict(self._model.named_parameters(remove_duplicate=False))
+        replaced = [name for name, param in self._params.items() if name in now and now[name] is not param]
+        # FSDP2 puts shards in the place of parameters, and whole ones in the place of shards for a while
+        if replaced and not (self._sharded or is_sharded(now.values())):
+            raise RuntimeError(
+                f"the model has another parameter {replaced[0]!r} than when {self._caller} was made, as after "
+                f"load_state_dict(..., assign=True): make {self._caller} and the optimizer again"
+            )
+
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Run a block that finds no gradients, and add what it leaves in ``.grad`` to those that were there.
@@ -152,8 +177,8 @@ class Passes:
         if self._replicas and any(param.grad is not None for param in self._everything()):
             raise RuntimeError(
                 "combine, and a Momentum with a memory of its own, need the gradient of one call alone, which "
-                "DistributedDataParallel does not give where gradients accumulate: clear them after each call with "
-                "optimizer.zero_grad(), or use Momentum(optimizer)"
+                "DistributedDataParallel does not give where gradients accumulate: set them to None after each call "
+                "with optimizer.zero_grad(), without set_to_none=False, or use Momentum(optimizer)"
             )
         everything, earlier = self._set_aside()
         new: list[Tensor | None] = [None] * len(everything)
@@ -178,12 +203,6 @@ class Passes:
     def _everything(self) -> list[Tensor]:
         # a sharded model may hold whole parameters in place of the shards
         return list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
-
-
-def _held(params: Sequence[Tensor]) -> list[tuple[int, int] | None]:
-    """What is in .grad: which tensors, of which version."""
-    grads = [param.grad for param in params]
-    return [None if grad is None else (id(grad), grad._version) for grad in grads]
 
 
 def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:

@@ -187,20 +187,31 @@ def test_everything_comes_back_when_a_change_of_shape_makes_the_backward_pass_fa
     assert_same(weights(model), before)
 
 
-def test_a_new_parameter_is_not_perturbed_and_the_old_one_comes_back():
-    # as an optimizer that was made before does not step it
+@pytest.mark.parametrize("through", [None, lambda loss: loss.backward()])
+@pytest.mark.parametrize("whole", [False, True])
+def test_another_parameter_in_the_place_of_one_is_told(whole, through):
+    # the optimizer that was made before does not step it either
     model, closure = problem()
-    old, before = model[2].weight, weights(model)
     asam = ASAM(model)
-    new = nn.Parameter(torch.ones_like(old))
-    model[2].weight = new
+    asam.backward(closure, backward=through)
+    part = model if whole else model[2]
+    part.load_state_dict({name: value.clone() for name, value in part.state_dict().items()}, assign=True)
+    before = weights(model)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=rf"^the model has another parameter '{0 if whole else 2}\.weight' than"):
+            asam.backward(closure, backward=through)
+    assert_same(weights(model), before)
+
+
+def test_an_added_parameter_is_not_perturbed():
+    model, closure = problem()
+    asam = ASAM(model)
+    model.append(nn.Linear(1, 1).double())
     seen = []
     asam.backward(lambda: (seen.append(weights(model)), closure())[1])
-    assert torch.equal(seen[0]["2.weight"], seen[1]["2.weight"])
+    assert torch.equal(seen[0]["3.weight"], seen[1]["3.weight"])
     assert not torch.equal(seen[0]["0.weight"], seen[1]["0.weight"])
-    assert new.grad is not None
-    assert old.grad is None
-    assert torch.equal(old, before["2.weight"])
+    assert model[3].weight.grad is not None
 
 
 class MaxNorm(nn.Linear):
