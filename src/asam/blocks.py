@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import native
 from .kernels import HALF, compiled, factors, measured, measured_and_copied, move_, moved, rounded, wide
 from .layout import common_order, flat, laid_out, put_back, views
 from .native import NativeBlock
@@ -63,11 +62,9 @@ class Piece(NamedTuple):
                 yield self.part(slice(start, start + rows))
 
 
-def packed(pieces: list[Piece], eta: float, q: float, execution: "Execution") -> "list[Block | NativeBlock]":
+def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Block]":
     """Blocks of one device and dtype each, of no more elements than the limit. ``pieces`` is emptied."""
-    blocks: list[Block | NativeBlock] = []
-    if execution.compile and native.is_for(q):
-        pieces[:] = _without_native(pieces, eta, blocks)
+    blocks: list[Block] = []
     groups: dict[tuple[torch.device, torch.dtype], list[Piece]] = {}
     for piece in pieces:
         groups.setdefault((piece.param.device, piece.param.dtype), []).append(piece)
@@ -103,26 +100,6 @@ def _limits(device: torch.device, compile: bool) -> tuple[int, int]:
         return COMPILED_BLOCK, COMPILED_BLOCK // COMPILED_ALONE
     limit = CPU_BLOCK * torch.get_num_threads()
     return limit, limit // CPU_ALONE
-
-
-def _without_native(pieces: list[Piece], eta: float, blocks: "list[Block | NativeBlock]") -> list[Piece]:
-    """Put the pieces that can go the native way into one more block, and return the others."""
-    fits = [
-        scale is None and target is param and native.is_plain(param, grad) for param, grad, target, scale, _ in pieces
-    ]
-    fitting = [piece for piece, fit in zip(pieces, fits, strict=True) if fit]
-    loops = native.library() if fitting else None
-    if loops is None:
-        return pieces
-    adaptive = [piece for piece in fitting if piece.elementwise]
-    params, grads, *_ = zip(*adaptive, *(piece for piece in fitting if not piece.elementwise), strict=True)
-    # a large one as its memory, which perturbed() holds and brings into a parameter that is elsewhere by then
-    memories = [param.detach() if param.numel() > CPU_BLOCK else param for param in params]
-    block = NativeBlock(loops, memories, list(grads), len(adaptive), eta)
-    if block.overlap():
-        return pieces
-    blocks.append(block)
-    return [piece for piece, fit in zip(pieces, fits, strict=True) if not fit]
 
 
 @dataclass(frozen=True)

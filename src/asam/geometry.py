@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, factors_of, packed
+from .blocks import AS_IT_STANDS, CPU_BLOCK, Block, Execution, Piece, dual_norm, factors_of, packed
 from .checks import check_choice, check_number, check_rho
 from .kernels import HALF, factors
-from .native import NativeBlock
+from .native import NativeBlock, block_of, is_for
 from .norms import DualNorm, norms, safe_norm, together
 from .projection import nearest_in_ball
 from .sharding import groups, is_sharded, local, over_shards, shard
@@ -214,7 +214,6 @@ class Geometry:
         with its block, when the next one is asked for. ``targets`` are tensors of the parameters' shapes to be cut
         the same way (the parameters themselves if None). To be called and iterated over under ``torch.no_grad()``.
         """
-        targets = params if targets is None else targets
         q = 1.0 if self.p == math.inf else self.p / (self.p - 1)
         kinds = self._kinds(names, params)
         if is_sharded(params):
@@ -226,10 +225,9 @@ class Geometry:
                 None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())
                 for name, kind, param in zip(names, kinds, params, strict=True)
             ]
-            pieces = self._pieces(kinds, params, grads, targets, scales)
+            blocks = self._packed(kinds, params, grads, targets, scales, q, execution)
             grads.clear()
             del scales
-            blocks = packed(pieces, self.eta, q, execution)
             numbers = factors_of(blocks, q, abs(rho))
         while blocks:  # from the last on, part of which is still in the cache
             block = blocks.pop()
@@ -237,20 +235,31 @@ class Geometry:
             yield block
             del block
 
-    def _pieces(
+    def _packed(
         self,
         kinds: Sequence[Kind],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        targets: Sequence[Tensor] | None,
         scales: Sequence[Tensor | None],
-    ) -> list[Piece]:
-        """The parameters that move, with their scales where those are neither |w| + eta nor 1."""
-        elementwise = [kind == "elementwise" for kind in kinds]
-        pieces = list(map(Piece._make, zip(params, grads, targets, scales, elementwise, strict=True)))
-        if "fixed" not in kinds and 0 not in map(Tensor.numel, params):
-            return pieces
-        return [piece for piece, kind in zip(pieces, kinds, strict=True) if piece.param.numel() and kind != "fixed"]
+        q: float,
+        execution: Execution,
+    ) -> list[Block | NativeBlock]:
+        """Blocks of the parameters that move, with their scales where those are neither |w| + eta nor 1."""
+        columns: list[Sequence[Any]] = [kinds, params, grads, params if targets is None else targets, scales]
+        native: NativeBlock | None = None
+        if execution.compile and targets is None and is_for(q):
+            adaptive = [True if kind == "elementwise" else False if kind == "none" else None for kind in kinds]
+            native, others = block_of(adaptive, params, grads, self.eta, CPU_BLOCK)
+            columns = [[column[i] for i in others] for column in columns]
+        pieces = [
+            Piece(param, grad, target, scale, kind == "elementwise")
+            for kind, param, grad, target, scale in zip(*columns, strict=True)
+            if kind != "fixed" and param.numel()
+        ]
+        del columns
+        blocks = packed(pieces, self.eta, execution)
+        return [*([] if native is None else [native]), *blocks]
 
     def _cut_shards(
         self,
@@ -258,7 +267,7 @@ class Geometry:
         kinds: Sequence[Kind],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        targets: Sequence[Tensor],
+        targets: Sequence[Tensor] | None,
         q: float,
         execution: Execution,
     ) -> tuple[list[Block | NativeBlock], DualNorm]:
@@ -267,15 +276,21 @@ class Geometry:
         layouts = list(dict.fromkeys(spread))
         values = [shard(grad, param) for grad, param in zip(grads, params, strict=True)]
         shards = local(params)
-        goals = shards if targets is params else local(targets)
-        columns = (kinds, shards, values, goals, self._shard_scales(names, kinds, params))
-        rows = list(zip(spread, *columns, strict=True))
-        parts = [
-            packed(
-                self._pieces(*zip(*(row[1:] for row in rows if row[0] == layout), strict=True)), self.eta, q, execution
+        goals = None if targets is None else local(targets)
+        scales = self._shard_scales(names, kinds, params)
+        parts = []
+        for layout in layouts:
+            members = [i for i, its in enumerate(spread) if its == layout]
+            part = self._packed(
+                [kinds[i] for i in members],
+                [shards[i] for i in members],
+                [values[i] for i in members],
+                None if goals is None else [goals[i] for i in members],
+                [scales[i] for i in members],
+                q,
+                execution,
             )
-            for layout in layouts
-        ]
+            parts.append(part)
         sizes = [dual_norm(part, q).pair() for part in parts]
         over_shards(sizes, layouts, params, q)
         norm = together([(size[0, 0], size[1, 0]) for size in sizes], q)

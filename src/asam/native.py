@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 from array import array
+from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ SOURCE = Path(__file__).with_name("native.cpp")
 CHUNK = 2**15  # elements that one thread takes at a time: they stay in a core's cache
 FLAGS = (f"-DCHUNK={CHUNK}", "-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 PLAIN = (Tensor, torch.nn.Parameter)
+SHAPE, DTYPE = attrgetter("shape"), attrgetter("dtype")
 TENSORS: list[Any] = [ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p]  # how many, their sizes, where they are
 # gradients, how many tensors have T = |w| + eta, eta, threads
 SCALE: list[Any] = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int]
@@ -61,11 +64,37 @@ def is_for(q: float) -> bool:
     return q == 2 and _get_current_dispatch_mode() is None  # someone who counts or fakes operations would see none
 
 
+def block_of(
+    adaptive: Sequence[bool | None], params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, large: int
+) -> "tuple[NativeBlock | None, Sequence[int]]":
+    """One block of all tensors that can go this way, if there are any, and the places of the others.
+
+    Args:
+        adaptive: whether each has T = |w| + eta or 1; None for neither.
+        params: the tensors that move.
+        grads: their gradients.
+        eta: the stabilizer.
+        large: elements from which on a parameter is kept as its memory, which may not be its own any more afterwards.
+    """
+    fits = [kind is not None and is_plain(p, g) for kind, p, g in zip(adaptive, params, grads, strict=True)]
+    chosen = [i for i, fit in enumerate(fits) if fit and adaptive[i]]
+    count = len(chosen)
+    chosen += [i for i, fit in enumerate(fits) if fit and not adaptive[i]]
+    loops = library() if chosen else None
+    if loops is None:
+        return None, range(len(fits))
+    block = NativeBlock(loops, [params[i] for i in chosen], [grads[i] for i in chosen], count, eta, large)
+    if block.overlap():
+        return None, range(len(fits))
+    return block, [] if len(chosen) == len(fits) else [i for i, fit in enumerate(fits) if not fit]
+
+
 def is_plain(param: Tensor, grad: Tensor) -> bool:
-    """Whether both are nothing but memory of float32, filled in the same order without a gap."""
+    """Whether both are nothing but memory of float32, some of it, filled in the same order without a gap."""
     return (
         type(param) in PLAIN
         and type(grad) is Tensor
+        and param.numel() > 0
         and param.dtype == grad.dtype == torch.float32
         and param.is_cpu
         and grad.is_cpu
@@ -82,20 +111,24 @@ class NativeBlock:
         loops: the :func:`library`.
         params, grads: for which :func:`is_plain` holds.
         adaptive: how many of them have T = |w| + eta.
-        eta: the stabilizer.
+        eta, large: as for :func:`block_of`.
     """
 
     q: float
     sign: int
     factors: tuple[Any, ...]
 
-    def __init__(self, loops: ctypes.CDLL, params: list[Tensor], grads: list[Tensor], adaptive: int, eta: float):
-        self.targets = params
+    def __init__(
+        self, loops: ctypes.CDLL, params: list[Tensor], grads: list[Tensor], adaptive: int, eta: float, large: int
+    ) -> None:
         self._loops, self._grads, self._adaptive, self._eta = loops, grads, adaptive, eta
-        self._sizes = array("q", [param.numel() for param in params])
-        self._places = _places(params)
-        self._pointers = array("Q", [pointer for pointer, *_ in self._places])
-        self._gradients = array("Q", [grad.data_ptr() for grad in grads])
+        self._sizes = array("q", map(Tensor.numel, params))
+        self.targets = [
+            param.detach() if size > large else param for param, size in zip(params, self._sizes, strict=True)
+        ]
+        self._places = _places(self.targets)
+        self._pointers = array("Q", self._places[0])
+        self._gradients = array("Q", map(Tensor.data_ptr, grads))
         self._saved: Tensor | None = None
         self._away = array("i", [0])
 
@@ -150,13 +183,18 @@ class NativeBlock:
             return []
         # some are in other memory now, or have another shape or dtype
         parts = torch.split(self._saved, list(self._sizes))
-        before = zip(parts, self._places, strict=True)
-        return put_back(self.targets, [part.as_strided(shape, stride) for part, (_, shape, stride, _) in before])
+        _, shapes, strides, _ = self._places
+        return put_back(self.targets, list(map(Tensor.as_strided, parts, shapes, strides)))
 
 
-def _places(tensors: list[Tensor]) -> list[tuple[int, torch.Size, tuple[int, ...], torch.dtype]]:
+def _places(tensors: list[Tensor]) -> tuple[list[int], list[torch.Size], list[tuple[int, ...]], list[torch.dtype]]:
     """Where each lies, and how it is read."""
-    return [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors]
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(SHAPE, tensors)),
+        list(map(Tensor.stride, tensors)),
+        list(map(DTYPE, tensors)),
+    )
 
 
 def _address(numbers: "array[Any]") -> int:
