@@ -1,7 +1,8 @@
 """Batches of any structure, counted and cut by examples."""
 
 import dataclasses
-from collections import namedtuple
+from collections import OrderedDict, UserDict, namedtuple
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -50,6 +51,7 @@ def test_every_structure_keeps_its_type():
         "both": (rows(0, 8).view(4, 2), "name"),
         "array": np.arange(4),
         "names": ["a", "b", "c", "d"],
+        "collated": ("a", "b", "c", "d"),  # as a DataLoader does it
         "one": ["a"],
         "model": model,
     }
@@ -58,6 +60,7 @@ def test_every_structure_keeps_its_type():
     assert head["model"] is last["model"] is model
     assert head["array"].tolist() == [0, 1, 2]
     assert last["names"] == ["d"]
+    assert last["collated"] == ("d",)
     assert head["one"] == last["one"] == ["a"]
     assert isinstance(head["pair"], Pair)
     assert torch.equal(head["pair"].x, rows(0, 3))
@@ -77,11 +80,41 @@ def test_every_structure_keeps_its_type():
         (None, 1),
         (3.5, 1),
         ((1, "a", None), 1),
+        (["a", "b", "c"], 3),
+        ("a", 1),
         (torch.tensor(1.0), 1),
     ],
 )
 def test_size_is_the_length_of_the_tensors(batch, size):
     assert [piece.size for piece in pieces_of([batch])] == [size]
+
+
+class Attributes(UserDict):
+    """Its values are its attributes too, as those of a tokenizer's output are."""
+
+    def __getattr__(self, name):
+        return self.data[name]
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Attributes, MappingProxyType])
+def test_a_mapping_keeps_its_type_where_it_can(kind):
+    batch = kind({"x": rows(0, 4), "y": rows(4, 8)})
+    head, last = (group[0].batch for group in grouped(pieces_of([batch]), 3))
+    assert type(head) is type(last) is (dict if kind is MappingProxyType else kind)
+    assert head["x"].tolist() == [0, 1, 2]
+    assert last["y"].tolist() == [7]
+    assert batch["x"].tolist() == [0, 1, 2, 3]
+    if kind is Attributes:
+        assert last.y.tolist() == [7]
+
+
+def test_texts_of_a_loader_are_cut_with_their_labels():
+    loader = torch.utils.data.DataLoader([("one", 1), ("two", 2), ("three", 3), ("four", 4)], batch_size=3)
+    groups = grouped(pieces_of(loader), 2)
+    assert [[(list(p.batch[0]), p.batch[1].tolist()) for p in group] for group in groups] == [
+        [(["one", "two"], [1, 2])],
+        [(["three"], [3]), (["four"], [4])],
+    ]
 
 
 @pytest.mark.parametrize("order", [1, -1])

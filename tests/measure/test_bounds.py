@@ -131,7 +131,7 @@ def test_holdout_holds():
 def test_holdout_explains_itself():
     bound = holdout_bound(5, 1000)
     assert bound.explain() == (
-        f"Held-out bound {bound.value:.3g}: 0.005 of 1000 examples not used for training were wrong, so with "
+        f"Held-out bound {bound.value:.3g}: 5 of 1000 examples not used for training were wrong, so with "
         f"probability 0.95 the error on new data is at most {bound.value:.3g}."
     )
 
@@ -167,3 +167,10 @@ def test_inverse_kl_at_its_ends(q, bound, expected):
     # kl is quadratic in p - q, so rounding hides what is closer than the root of it
     assert inverse_kl(q, bound) == pytest.approx(expected, abs=1e-8)
     assert inverse_kl(q, bound) >= expected
+
+
+def test_an_explanation_says_what_was_counted_and_is_never_certain():
+    assert ": 100 of 100 examples" in holdout_bound(100, 100).explain()
+    assert "with probability 1 - 1e-07 the error" in holdout_bound(1, 100, delta=1e-7).explain()
+    bound = sam_bound(0.3, weight_norm=1.0, k=10, n=10**6, rho=1.0, delta=1e-9)
+    assert "with probability 1 - 1e-09 over the sample" in bound.explain()

@@ -3,6 +3,8 @@
 import itertools
 import math
 
+import numpy
+import pandas
 import pytest
 import torch
 from scipy.stats import kendalltau
@@ -237,8 +239,8 @@ def test_nothing_to_compare(hyperparameters):
         ([1, math.nan], [1, 2], {}, "measure must be a sequence of numbers without nan"),
         ([1, 2], [math.nan, 2], {}, "gap must be a sequence of numbers without nan"),
         ([[1, 2]], [1, 2], {}, "measure must be a sequence of numbers without nan"),
-        ([1, 2], [1, 2], {"confidence": 95}, "confidence must be between 0 and 1, got 95"),
-        ([1, 2], [1, 2], {"confidence": math.nan}, "confidence must be between 0 and 1, got nan"),
+        ([1, 2], [1, 2], {"confidence": 95}, "confidence must be a number between 0 and 1, got 95"),
+        ([1, 2], [1, 2], {"confidence": math.nan}, "confidence must be a number between 0 and 1, got nan"),
         ([1, 2], [1, 2], {"resamples": 0}, "resamples must be an integer >= 1, got 0"),
     ],
 )
@@ -256,7 +258,7 @@ def test_refuses(function, measure, gap, arguments, message):
         ([1, math.nan], [1, 2], [1, 2], {}, "a must be a sequence of numbers without nan"),
         ([1, 2], [1, math.nan], [1, 2], {}, "b must be a sequence of numbers without nan"),
         ([1, 2], [1, 2], [1, math.nan], {}, "gap must be a sequence of numbers without nan"),
-        ([1, 2], [1, 2], [1, 2], {"confidence": 95}, "confidence must be between 0 and 1, got 95"),
+        ([1, 2], [1, 2], [1, 2], {"confidence": 95}, "confidence must be a number between 0 and 1, got 95"),
         ([1, 2], [1, 2], [1, 2], {"resamples": 0}, "resamples must be an integer >= 1, got 0"),
     ],
 )
@@ -268,3 +270,27 @@ def test_a_difference_refuses(a, b, gap, arguments, message):
 def test_refuses_values_for_other_models():
     with pytest.raises(ValueError, match="hyper-parameter 'lr' must have a value for each of the 3 models, got 2"):
         granulated_kendall([1, 2, 3], [1, 2, 3], {"lr": [1, 2]})
+
+
+def test_columns_of_tables_and_any_arrays():
+    rising, falling = [1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]
+    frame = pandas.DataFrame({"lr": [0.1, 0.2, 0.2, 0.2, 0.2], "measure": [9.0, *rising]})
+    column = frame[frame.lr == 0.2]["measure"]  # without the label 0
+    read_only = numpy.array(rising)
+    read_only.flags.writeable = False
+    for values in (
+        column,
+        column.to_numpy(),
+        read_only,
+        numpy.array(falling)[::-1],
+        torch.tensor(rising),
+        iter(rising),
+    ):
+        assert kendall(values, rising).tau_a == 1
+        assert kendall_difference(rising, falling, rising)[0] == 2
+
+
+@pytest.mark.parametrize("values", [["a", "b"], 3.0, [[1.0], [2.0, 3.0]], [None, 1.0]])
+def test_what_is_no_sequence_of_numbers(values):
+    with pytest.raises(TypeError, match=r"^measure must be a sequence of numbers, got "):
+        kendall(values, [1.0, 2.0])

@@ -282,3 +282,35 @@ def test_weights_in_half_precision_are_rounded_once():
     assert torch.equal(seen[-1], (model.layers[0].weight.detach().float() + e).bfloat16())
     assert objective.gradient()["layers.0.weight"].dtype == torch.float32
     assert Chain((1.0, 1.0)).objective().gradient()["w0"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("rho", [1e39, 1e300])
+def test_a_size_that_is_no_number_of_the_weights(rho):
+    objective = Objective(nn.Linear(1, 1), lambda model, x: model(x).mean(), ONE)
+    for measure in (worst_case_sharpness, average_sharpness):
+        with pytest.raises(ValueError, match=r"^rho must be a number of torch\.float32, at most 3\.4e\+38, got 1e"):
+            measure(objective, rho, geometry=Geometry())
+
+
+def test_a_loss_whose_square_overflows():
+    objective = Objective(
+        nn.Linear(2, 1).double(), lambda model, x: model(x).square().mean(), [torch.ones(4, 2).double()]
+    )
+    geometry = Geometry("none")
+    average = average_sharpness(objective, 1e90, geometry=geometry)
+    assert 1e178 < average.value < 1e182
+    assert 0 < average.stderr < math.inf
+    assert worst_case_sharpness(objective, 1e90, geometry=geometry, m=2).stderr < math.inf
+    assert average_sharpness(objective, 1e154, geometry=geometry).value > 1e307
+
+
+@pytest.mark.parametrize("rho", [1e-3, 1e-7])
+def test_the_noise_floor_is_that_of_a_loss_of_lower_precision(rho):
+    inputs, targets = examples(dtype=torch.float64)
+    exact = net_objective(Net(), (inputs, targets))
+    coarse = Objective(exact.model, lambda model, batch: cross_entropy(model, batch).float(), [(inputs, targets)])
+    geometry = Geometry("none")
+    for measure in (average_sharpness, worst_case_sharpness):
+        true, found = (measure(objective, rho, geometry=geometry) for objective in (exact, coarse))
+        assert abs(found.value - true.value) < 3 * found.noise_floor
+        assert 1e-9 < found.noise_floor < 1e-6

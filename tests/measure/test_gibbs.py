@@ -198,3 +198,8 @@ def test_refuses_a_prior_of_another_network():
 def test_refuses(arguments, message):
     with pytest.raises(ValueError, match=message):
         certificate(**arguments)
+
+
+def test_a_prior_is_a_mapping():
+    with pytest.raises(TypeError, match=r"^prior must be a mapping from names to tensors, .* got Linear$"):
+        certificate(before=nn.Linear(2, 3))

@@ -11,7 +11,7 @@ from slow_reference import scale
 from torch import nn
 
 from asam import Geometry
-from asam.measure import Objective, hessian, top_eigenvalues, trace
+from asam.measure import Objective, hessian, spectral_density, top_eigenvalues, trace
 
 SCALED = Geometry(eta=0, bias="scaled")
 
@@ -248,3 +248,50 @@ def test_what_is_no_column_is_refused(shape):
     operator = hessian(Objective(model, lambda model, x: model(x).square().mean(), [torch.ones(1, 2)]))
     with pytest.raises(ValueError, match=r"takes a vector of shape \(2,\) or a matrix of such columns, got shape"):
         operator.matvec(torch.ones(shape))
+
+
+class Once(torch.autograd.Function):
+    """tanh, with a backward pass by hand that autograd is told not to follow."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.tanh().square())
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([nn.Linear(4, 2), Once.apply], "the backward pass of Once is marked with @once_differentiable"),
+        ([nn.Linear(4, 3), Once.apply, nn.Linear(3, 2)], "the backward pass of Once is marked"),
+        ([nn.EmbeddingBag(9, 3), nn.Linear(3, 2)], "the derivative for '_embedding_bag_backward' is not implemented"),
+    ],
+)
+def test_a_loss_without_a_second_derivative_is_refused(layers, message):
+    model = nn.ModuleList(layer for layer in layers if isinstance(layer, nn.Module))
+    inputs = torch.tensor([[1, 2], [3, 4]]) if isinstance(layers[0], nn.EmbeddingBag) else torch.randn(2, 4)
+
+    def loss_fn(model, batch):
+        x = batch
+        for layer in layers:
+            x = layer(x)
+        return x.square().sum()
+
+    with pytest.raises(ValueError, match=f"^the loss has no second derivative: {message}"):
+        hessian(Objective(model, loss_fn, [inputs])) @ torch.ones(sum(p.numel() for p in model.parameters()))
+
+
+def test_what_has_no_products_is_refused():
+    model = nn.Linear(2, 1)
+    objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.ones(1, 2)])
+    for function in (top_eigenvalues, trace, spectral_density):
+        with pytest.raises(
+            TypeError, match=r"^operator must have a matvec, such as hessian\(objective\), got Objective$"
+        ):
+            function(objective)

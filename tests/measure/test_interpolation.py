@@ -248,3 +248,20 @@ def test_refuses_to_load_something_else(landscape, other, axis, tmp_path):
     landscape.save(tmp_path / "landscape.npz")
     with pytest.raises(ValueError, match=rf"landscape\.npz has no array '{axis}'"):
         other.load(tmp_path / "landscape.npz")
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU(), nn.Identity()])
+def test_other_layers_of_the_same_shapes_are_refused(layer):
+    model, other = mlp(), mlp()
+    at = next(i for i, module in enumerate(other) if isinstance(module, nn.Tanh))
+    other[at] = layer
+    with pytest.raises(
+        ValueError, match=f"^the models differ in '{at}': Tanh in the one, {type(layer).__name__} in the"
+    ):
+        interpolate(objective_of(model), other)
+
+
+def test_parametrized_layers_are_the_same():
+    model, other = (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))).double() for _ in range(2))
+    line = interpolate(objective_of(model), other, points=2)
+    assert line.values["loss"][1] == objective_of(other).loss()

@@ -186,3 +186,9 @@ def test_refuses_a_span_without_the_weights(span):
     for name in ("x_span", "y_span"):
         with pytest.raises(ValueError, match=f"^{name} " + message):
             loss_plane(objective_of(), {}, {}, **{name: span})
+
+
+@pytest.mark.parametrize("span", [1.0, (1,), (0, 1, 2), ("a", "b"), None])
+def test_a_span_that_is_not_two_numbers(span):
+    with pytest.raises(TypeError, match=r"^span must be two numbers, got "):
+        loss_line(objective_of(), {}, span=span)

@@ -7,6 +7,7 @@ import operator
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
 from quadratics import batches, cross_entropy, examples
@@ -365,3 +366,25 @@ def test_reading_a_shuffled_loader(fails):
 
 def _failing(examples):
     raise KeyError
+
+
+class Drawing(torch.utils.data.Dataset):
+    """Its examples, and with them the loss, draw from every global generator."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return torch.rand(4).double() + random.random() + np.random.random()
+
+
+def test_the_random_states_of_numpy_and_python():
+    def loss_fn(model, batch):
+        random.random(), np.random.random()
+        return model(batch).square().mean()
+
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    objective = Objective(nn.Linear(4, 1).double(), loss_fn, torch.utils.data.DataLoader(Drawing(), batch_size=2))
+    worst_case_sharpness(objective, 0.1, geometry=GEOMETRY, steps=2)
+    hessian(objective) @ torch.ones(5)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before

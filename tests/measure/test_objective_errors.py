@@ -6,6 +6,7 @@ import pytest
 import torch
 from quadratics import Net, cross_entropy, examples, net_objective
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from asam import Geometry
 from asam.measure import (
@@ -41,7 +42,7 @@ def make(model=None, loss_fn=cross_entropy, data=None, **arguments):
         ({"batchnorm": "frozen"}, ValueError, "batchnorm must be one of 'eval', 'train', got 'frozen'"),
         ({"params": "layers.0.weight"}, TypeError, "params must be an iterable of names or parameters"),
         ({"params": ["head"]}, ValueError, "params names 'head', which is not a parameter of the model"),
-        ({"params": []}, ValueError, "no parameter of the model requires a gradient"),
+        ({"params": []}, ValueError, "params is empty: there is nothing to perturb"),
         ({"model": Net().requires_grad_(False)}, ValueError, "no parameter of the model requires a gradient"),
         ({"model": nn.Identity()}, ValueError, "no parameter of the model requires a gradient"),
         (
@@ -61,6 +62,17 @@ def test_a_frozen_parameter_by_name():
     model.layers[0].weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"params holds 'layers.0.weight', which does not require a gradient"):
         make(model, params=["layers.0.weight"])
+
+
+class Reentrant(nn.Module):
+    def forward(self, x):
+        return checkpoint(torch.tanh, x, use_reentrant=True)
+
+
+def test_a_loss_whose_backward_pass_fails():
+    model = nn.Sequential(nn.Linear(4, 4), Reentrant(), nn.Linear(4, 3)).double()
+    with pytest.raises(ValueError, match=r"^the loss has no gradient: When use_reentrant=True, .* is incompatible"):
+        make(model)
 
 
 def counter():

@@ -7,10 +7,11 @@ import re
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from asam.measure import LossLine, LossPlane
 from asam.measure.page import landscape_page
-from asam.measure.plots import METHODS, log_ticks, styles
+from asam.measure.plots import METHODS, log_ticks, plot_plane, styles
 
 X = torch.linspace(-1, 1, 5, dtype=torch.float64)
 
@@ -75,3 +76,10 @@ def test_a_line_has_the_color_of_its_method_and_a_way_that_of_neither():
     _, line, way = figures(lambda r: 2 + r)
     assert line["data"][0]["line"]["color"] == METHODS["sgd"]
     assert way["data"][0]["line"]["color"] not in METHODS.values()
+
+
+def test_a_plane_that_is_flat_but_for_rounding():
+    loss = torch.ones(5, 5, dtype=torch.float64)
+    loss[0, 0] = 1 + 2**-52
+    contours = plot_plane(Figure().subplots(), LossPlane(X, X, {"loss": loss}))
+    assert list(contours.levels) == [1, 1 + 2**-52]

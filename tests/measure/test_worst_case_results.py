@@ -236,3 +236,8 @@ def test_arguments(arguments, error, message):
 def test_an_empty_profile():
     with pytest.raises(ValueError, match="rhos is empty"):
         sharpness_profile(net_objective(), [], geometry=Geometry())
+
+
+def test_a_profile_takes_several_sizes():
+    with pytest.raises(TypeError, match=r"^rhos must be a sequence of numbers, got float$"):
+        sharpness_profile(net_objective(), 0.1, geometry=Geometry())

@@ -6,13 +6,11 @@ z is normal or uniform on [-1, 1]. Source: Andriushchenko et al., arXiv:2302.070
 import math
 from dataclasses import dataclass
 
-import torch
-
-from ..checks import check_choice, check_count, check_rho
+from ..checks import check_choice, check_count
 from ..geometry import Geometry
 from .draws import draw
 from .means import check_finite, mean, stderr
-from .objective import Objective, check_objective
+from .objective import Objective, check_objective, check_size
 
 NOISES = ("normal", "uniform")
 
@@ -22,6 +20,7 @@ class AverageSharpness:
     """An average-case sharpness: ``value`` may be negative; ``stderr`` is its standard error over the pairs.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.tensor([[1.0, 2.0]])])
         >>> found = average_sharpness(objective, 0.1, geometry=Geometry("none"), samples=8)
@@ -67,13 +66,14 @@ def average_sharpness(
         ValueError, TypeError: an argument is not one of the above, or the loss at w is not finite.
 
     Example:
+        >>> import torch
         >>> model = torch.nn.Linear(1, 1, bias=False)
         >>> objective = Objective(model, lambda model, x: model(x).mean(), [torch.ones(4, 1)])
         >>> abs(average_sharpness(objective, 0.1, geometry=Geometry("none")).value) < 1e-7  # no curvature
         True
     """
     check_objective(objective)
-    check_rho(rho)
+    check_size(objective, rho)
     check_count("samples", samples, 2)
     if samples % 2:
         raise ValueError(f"samples must be even, for antithetic pairs, got {samples}")
@@ -95,7 +95,6 @@ def average_sharpness(
             pairs.append(sum(pair) / 2)
             slopes.append((pair[0] - pair[1]) / 2)
     perturbed = mean(pairs, [1] * len(pairs))
-    eps = max(torch.finfo(param.dtype).eps for param in objective.params.values())
     # w + e is rounded to the precision of the weights, which moves the loss by eps ||w g||. The odd part of the pairs
     # gives rho ||T g||, without a gradient
     deviation = 1.0 if noise == "normal" else math.sqrt(1 / 3)
@@ -107,7 +106,7 @@ def average_sharpness(
         stderr=stderr(pairs, [1] * len(pairs)),
         base_loss=base,
         perturbed_loss=perturbed,
-        noise_floor=eps * (max(abs(base), abs(perturbed)) + steepness * relative),
+        noise_floor=evaluation.loss_eps * max(abs(base), abs(perturbed)) + evaluation.eps * steepness * relative,
         rho=float(rho),
         geometry=geometry,
         noise=noise,

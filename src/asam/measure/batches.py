@@ -1,5 +1,6 @@
 """The data of a measurement: batches of any structure, counted and cut by examples."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -55,6 +56,8 @@ def _check_iterable(data: object) -> None:
 def _size(batch: Any) -> int:
     """The length that all tensors and arrays of a batch share; 1 for a batch without any, such as None.
 
+    Of a list of strings, its length.
+
     Raises:
         TypeError, ValueError: the batch is of a type that cannot be looked into, or they do not share one length.
     """
@@ -69,6 +72,8 @@ def _size(batch: Any) -> int:
             f"the examples of a batch of type {type(batch).__name__} cannot be counted: a batch must be a tensor, or a "
             "tuple, list or mapping of them"
         )
+    if isinstance(batch, list) and all(isinstance(text, str) for text in batch):
+        return len(batch)
     return lengths[0] if lengths else 1
 
 
@@ -89,16 +94,30 @@ def _is_array(value: Any) -> bool:
 
 
 def _cut(batch: Any, start: int, stop: int, size: int) -> Any:
-    """Examples ``start`` to ``stop``: arrays are cut, and lists of that length without any; all else is shared."""
+    """Examples ``start`` to ``stop``: arrays are cut, and lists and tuples of that length without any.
+
+    All else is shared.
+    """
     if isinstance(batch, Mapping):
-        return {key: _cut(value, start, stop, size) for key, value in batch.items()}
-    if isinstance(batch, list) and len(batch) == size and not list(_lengths(batch)):
-        return batch[start:stop]
+        return _with(batch, {key: _cut(value, start, stop, size) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_cut(value, start, stop, size) for value in batch))
+    if isinstance(batch, tuple | list) and len(batch) == size and not list(_lengths(batch)):
+        return batch[start:stop]
     if isinstance(batch, tuple | list):
         return type(batch)(_cut(value, start, stop, size) for value in batch)
     return batch[start:stop] if _is_array(batch) else batch
+
+
+def _with(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
+    """A mapping of that type, whose values may be its attributes too, with other values."""
+    try:
+        changed: Any = copy.copy(mapping)
+        for key, value in values.items():
+            changed[key] = value
+    except TypeError:  # it is read-only
+        return values
+    return changed  # type: ignore[no-any-return]
 
 
 def first(data: Iterable[Any], examples: int) -> list[Any]:

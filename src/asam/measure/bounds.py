@@ -60,7 +60,7 @@ class SharpnessBound:
                 f"complexity alone is {self.complexity:.3g} on {self.n} examples."
             )
         return (
-            f"{self.method} bound {self.value:.3g}: with probability {1 - self.delta:g} over the sample the loss on "
+            f"{self.method} bound {self.value:.3g}: {probability(self.delta)} over the sample the loss on "
             f"new data is at most {self.perturbed_loss:.3g} in the ball + {self.complexity:.3g} for complexity."
         )
 
@@ -83,8 +83,8 @@ class HoldoutBound:
     def explain(self) -> str:
         """The bound in one line."""
         return (
-            f"Held-out bound {self.value:.3g}: {self.error:.3g} of {self.n} examples not used for training were wrong, "
-            f"so with probability {1 - self.delta:g} the error on new data is at most {self.value:.3g}."
+            f"Held-out bound {self.value:.3g}: {round(self.error * self.n)} of {self.n} examples not used for training "
+            f"were wrong, so {probability(self.delta)} the error on new data is at most {self.value:.3g}."
         )
 
 
@@ -154,6 +154,11 @@ def holdout_bound(errors: int, n: int, *, delta: float = 0.05) -> HoldoutBound:
     _check_delta(delta)
     value = 1.0 if errors == n else _largest(lambda p: _log_binomial_cdf(errors, n, p) >= math.log(delta))
     return HoldoutBound(value, errors / n, value >= 1, delta, n)
+
+
+def probability(delta: float) -> str:
+    """That of 1 - delta, in words that are true however small delta is."""
+    return f"with probability {1 - delta:g}" if delta >= 1e-5 else f"with probability 1 - {delta:.3g}"
 
 
 def inverse_kl(q: float, bound: float) -> float:

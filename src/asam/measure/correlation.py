@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_number
 from .draws import generator_of
 
 Interval = tuple[float, float]
@@ -227,7 +227,10 @@ def _plain(value: Any) -> Any:
 
 def _signs(values: Sequence[float], name: str) -> Tensor:
     """sign(value_i - value_j); an infinite value ties with itself."""
-    v = torch.as_tensor(values, dtype=torch.float64)
+    try:  # tensors, arrays and columns of a table have tolist()
+        v = torch.tensor(values.tolist() if hasattr(values, "tolist") else list(values), dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a sequence of numbers, got {type(values).__name__}") from None
     if v.ndim != 1 or v.isnan().any():
         raise ValueError(f"{name} must be a sequence of numbers without nan")
     return (v[:, None] > v).double() - (v[:, None] < v).double()
@@ -256,6 +259,5 @@ def _check(n: int, n_gap: int, confidence: float, resamples: int) -> None:
         raise ValueError(f"measure and gap must have the same length, got {n} and {n_gap}")
     if n < 2:
         raise ValueError(f"a rank correlation needs at least two models, got {n}")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    check_number("confidence", confidence, "a number between 0 and 1", lambda confidence: 0 < confidence < 1)
     check_count("resamples", resamples, 1)

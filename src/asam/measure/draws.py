@@ -1,10 +1,30 @@
 """Random draws that do not depend on how many of them are taken."""
 
 import hashlib
+import random
+import sys
 from numbers import Integral
 
 import torch
 from torch import Tensor
+
+from ..perturbation import RandomState
+
+
+class RandomStates:
+    """Those of torch, of NumPy if it is in use, and of Python, to be drawn from again."""
+
+    def __init__(self, devices: set[torch.device]) -> None:
+        self._torch, self._python = RandomState(devices), random.getstate()
+        numpy = sys.modules.get("numpy.random")
+        self._numpy = None if numpy is None else numpy.get_state()
+
+    def restore(self) -> None:
+        """Let the generators draw again what they drew from here on."""
+        self._torch.restore()
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy.random"].set_state(self._numpy)
 
 
 def generator_of(seed: int, *index: int) -> torch.Generator:

@@ -7,10 +7,19 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..perturbation import Buffers, RandomState, copies, forget_weights
+from ..perturbation import Buffers, copies, forget_weights
 from .batches import Piece
+from .draws import RandomStates
+
+# What every backward pass runs that is marked so.
+_ONCE = once_differentiable(lambda ctx: None).__code__
+
+
+class NoSecondDerivative(ValueError):  # noqa: N818
+    """The loss has a gradient that cannot be differentiated."""
 
 
 class Evaluation:
@@ -24,6 +33,17 @@ class Evaluation:
         self, model: nn.Module, loss_fn: Callable[[nn.Module, Any], Any], params: list[nn.Parameter], batchnorm: str
     ) -> None:
         self._model, self._loss_fn, self._params, self._batchnorm = model, loss_fn, params, batchnorm
+        self._loss_dtype = torch.float64  # of the last loss
+
+    @property
+    def eps(self) -> float:
+        """Of the weights: of the lowest precision among them."""
+        return max(torch.finfo(param.dtype).eps for param in self._params)
+
+    @property
+    def loss_eps(self) -> float:
+        """Of the loss that was evaluated last: of its own precision or that of the weights, the lower one."""
+        return max(self.eps, torch.finfo(self._loss_dtype).eps)
 
     def __enter__(self) -> Self:
         model = self._model
@@ -36,7 +56,7 @@ class Evaluation:
             with torch.no_grad():
                 self._buffers = self._between = Buffers(model.modules())
                 self.weights = copies([param.detach() for param in self._params])
-            self._random = RandomState(devices)
+            self._random = RandomStates(devices)
             _exact_arithmetic(stack, model, {device.type for device in devices} | {"cpu"})
             stack.callback(self._restore)
             for module, _, _ in self._modules:
@@ -105,7 +125,12 @@ class Evaluation:
         with torch.enable_grad():
             for piece in pieces:
                 loss, _ = self._call(piece)
-                grads = torch.autograd.grad(loss, self._params, allow_unused=True)
+                try:
+                    grads = torch.autograd.grad(loss, self._params, allow_unused=True)
+                except torch.OutOfMemoryError:
+                    raise
+                except RuntimeError as error:
+                    raise ValueError(f"the loss has no gradient: {_first_line(error)}") from error
                 if require_use and all(grad is None for grad in grads):
                     raise ValueError(
                         "the loss depends on none of the parameters: loss_fn must use the model it is given"
@@ -118,8 +143,14 @@ class Evaluation:
         values = torch.stack(losses).tolist()
         return sum(value * piece.size for value, piece in zip(values, pieces, strict=True)) / examples, gradient
 
-    def hessian_product(self, pieces: Sequence[Piece], vectors: Tensor) -> Tensor:
-        """H v for every row v of ``vectors`` (k, n): a graph of the gradient per piece, used k times."""
+    def hessian_product(self, pieces: Sequence[Piece], vectors: Tensor, *, look: bool) -> Tensor:
+        """H v for every row v of ``vectors`` (k, n): a graph of the gradient per piece, used k times.
+
+        With ``look``, see first that autograd can differentiate the gradient.
+
+        Raises:
+            NoSecondDerivative: autograd cannot differentiate the gradient.
+        """
         examples = sum(piece.size for piece in pieces)
         products = all_of(self._params).new_zeros(vectors.shape)
         rows = [[part.to(param) for part, param in zip(self.parts(v), self._params, strict=True)] for v in vectors]
@@ -128,14 +159,15 @@ class Evaluation:
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             for piece in pieces:
                 loss, _ = self._call(piece)
-                grads = torch.autograd.grad(loss, self._params, create_graph=True, allow_unused=True)
+                if look:
+                    _check_twice_differentiable(loss)
+                    look = False
+                grads = _differentiated([loss], self._params)
                 for total, row in zip(totals, rows, strict=True):
                     used = [(g, v) for g, v in zip(grads, row, strict=True) if g is not None and g.requires_grad]
                     if used:
                         outputs, weights = zip(*used, strict=True)
-                        second: tuple[Tensor | None, ...] = torch.autograd.grad(
-                            outputs, self._params, weights, retain_graph=True, allow_unused=True
-                        )
+                        second = _differentiated(outputs, self._params, weights)
                     else:  # the loss is linear in the parameters
                         second = (None,) * len(self._params)
                     _accumulate(total, second, piece.size / examples)
@@ -160,6 +192,7 @@ class Evaluation:
                 isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex())
             ):
                 raise ValueError(f"loss_fn must return a number for the mean {name!r}, got {_described(value)}")
+        self._loss_dtype = loss.dtype
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("the loss has no gradient: loss_fn must not detach it or run under torch.no_grad()")
         return loss if loss.ndim == 0 else loss.reshape(()), others
@@ -192,6 +225,45 @@ class Evaluation:
 
     def _restore_buffers(self) -> None:
         self._between.restore(versions=False)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def _check_twice_differentiable(loss: Tensor) -> None:
+    """Raise if a function in the graph of the loss has a backward pass that autograd does not follow.
+
+    Autograd itself raises only where the parameters before that function have a part in its gradient: where they have
+    none, their second derivatives would be taken for 0.
+    """
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function = getattr(node, "_forward_cls", None)
+        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
+            name = getattr(function, "__name__", "a function")
+            raise NoSecondDerivative(
+                f"the loss has no second derivative: the backward pass of {name} is marked with @once_differentiable"
+            )
+        nodes += [following for following, _ in node.next_functions]
+
+
+def _differentiated(
+    outputs: Sequence[Tensor], params: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> tuple[Tensor | None, ...]:
+    """A gradient that can be differentiated, or the product of its derivative with the weights; the graph is kept."""
+    try:
+        return torch.autograd.grad(
+            outputs, params, weights, retain_graph=True, create_graph=weights is None, allow_unused=True
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NoSecondDerivative(f"the loss has no second derivative: {_first_line(error)}") from error
 
 
 def all_of(params: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..checks import check_count, check_number
 from ..geometry import Geometry
-from .bounds import inverse_kl
+from .bounds import inverse_kl, probability
 from .draws import draw
 from .objective import Objective, check_objective
 
@@ -61,7 +61,7 @@ class GibbsCertificate:
                 f"error on the sample is {self.sample_error:.3g}, and KL = {self.kl:.4g} nats for {self.n} examples."
             )
         return (
-            f"Gibbs certificate {self.value:.3g}: with probability {1 - self.delta:g} over the sample the network with "
+            f"Gibbs certificate {self.value:.3g}: {probability(self.delta)} over the sample the network with "
             f"noise of scale {self.sigma:g} T in its weights errs on new data at most so often; on the sample "
             f"{self.sample_error:.3g}."
         )
@@ -117,6 +117,10 @@ def gibbs_certificate(
     check_number("prior_sigma", prior_sigma, "a finite number > 0", lambda sigma: 0 < sigma < math.inf)
     check_number("delta", delta, "a number between 0 and 1", lambda delta: 0 < delta < 1)
     check_count("samples", samples, 1)
+    if not isinstance(prior, Mapping):
+        raise TypeError(
+            f"prior must be a mapping from names to tensors, such as a state dict, got {type(prior).__name__}"
+        )
     missing = [name for name in objective.params if name not in prior]
     if missing:
         raise ValueError(f"prior lacks the parameter {missing[0]!r}")

@@ -30,7 +30,7 @@ class HessianOperator:
 
     def __init__(self, objective: Objective, geometry: Geometry | None = None) -> None:
         check_objective(objective)
-        self.objective = objective
+        self.objective, self._looked = objective, False
         k = objective.like.numel()
         self.shape = (k, k)
         self.dtype, self.device = objective.like.dtype, objective.like.device
@@ -39,7 +39,11 @@ class HessianOperator:
             self.scales = objective.scales(geometry)
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """The product with a vector (k,), or with every column of a matrix (k, n) in one pass over the data."""
+        """The product with a vector (k,), or with every column of a matrix (k, n) in one pass over the data.
+
+        Raises:
+            ValueError: the vector has another length, or autograd cannot differentiate the gradient of the loss.
+        """
         if vector.ndim not in (1, 2) or vector.shape[0] != self.shape[0]:
             raise ValueError(
                 f"a product takes a vector of shape ({self.shape[0]},) or a matrix of such columns, "
@@ -49,7 +53,8 @@ class HessianOperator:
         if self.scales is not None:
             vectors = vectors * self.scales
         with self.objective.evaluation() as evaluation:
-            products = evaluation.hessian_product(self.objective.pieces, vectors)
+            products = evaluation.hessian_product(self.objective.pieces, vectors, look=not self._looked)
+        self._looked = True
         if self.scales is not None:
             products = products * self.scales
         return products.T.reshape(vector.shape)

@@ -29,6 +29,12 @@ class Operator(Protocol):
         """The product with a vector (k,) or with every column of a matrix (k, n)."""
 
 
+def check_operator(operator: object) -> None:
+    """Raise if it has no products."""
+    if not hasattr(operator, "matvec"):
+        raise TypeError(f"operator must have a matvec, such as hessian(objective), got {type(operator).__name__}")
+
+
 @dataclass(frozen=True)
 class Eigenvalues:
     """The largest eigenvalues.
@@ -107,6 +113,7 @@ def top_eigenvalues(
         >>> [round(value, 4) for value in found.values.tolist()], found.converged  # 2 ||x||^2
         ([10.0], True)
     """
+    check_operator(operator)
     check_count("k", k, 1)
     k = min(k, operator.shape[0])
     check_count("max_matvecs", max_matvecs, k)
@@ -163,6 +170,7 @@ def spectral_density(
         >>> round(float(density.nodes.max()), 4), round(float(density.weights.sum()), 4)
         (10.0, 1.0)
     """
+    check_operator(operator)
     check_count("draws", draws, 1)
     check_count("matvecs", matvecs, draws)
     check_count("points", points, 2)

@@ -190,7 +190,7 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
     batch norm are not those of the network there: with ``batchnorm="train"`` the objective takes them from its batches.
 
     Raises:
-        ValueError: the other is of another architecture, or differs in a parameter that is not measured.
+        ValueError: the other has other layers, or differs in a parameter that is not measured.
 
     Example:
         >>> model, other = nn.Linear(1, 1), nn.Linear(1, 1)
@@ -201,6 +201,8 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
     """
     check_objective(objective)
     check_count("points", points, 2)
+    if isinstance(other, nn.Module):
+        _check_same_layers(objective.model, other)
     end = _state(other)
     for name, param in objective.model.named_parameters():
         if name not in objective.params and not torch.equal(_entry(end, name, param), param):
@@ -215,6 +217,16 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
             evaluation.put({name: _mixed(start[name], end[name], t) for name in differing})
             means.append(evaluation.means(objective.pieces))
     return LossLine(positions, _stacked(means))
+
+
+def _check_same_layers(model: nn.Module, other: nn.Module) -> None:
+    # by name: each parametrized layer is of a class of its own
+    layers, others = ({name: type(module).__name__ for name, module in net.named_modules()} for net in (model, other))
+    for name, kind in layers.items():
+        if name and others.get(name, "nothing") != kind:
+            raise ValueError(
+                f"the models differ in {name!r}: {kind} in the one, {others.get(name, 'nothing')} in the other"
+            )
 
 
 def _vector(objective: Objective, direction: Direction) -> Tensor:
@@ -249,8 +261,12 @@ def _entry(state: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
 
 def _grid(name: str, span: tuple[float, float], points: int) -> Tensor:
     check_count("points", points, 2)
-    low, high = span
-    if not (math.isfinite(low) and math.isfinite(high) and low <= 0 <= high and low < high):
+    try:
+        low, high = span
+        numbers = math.isfinite(low), math.isfinite(high)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be two numbers, got {span!r}") from None
+    if not (all(numbers) and low <= 0 <= high and low < high):
         raise ValueError(f"{name} must be two finite numbers with 0 between them, the smaller one first, got {span}")
     grid = low + (high - low) * torch.arange(points, dtype=torch.float64) / (points - 1)
     grid[-1] = high

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 
 def mean(values: Sequence[float], sizes: Sequence[int]) -> float:
     """The mean, weighted by sizes."""
-    return math.fsum(value * size for value, size in zip(values, sizes, strict=True)) / sum(sizes)
+    products = [value * size for value, size in zip(values, sizes, strict=True)]
+    try:
+        return math.fsum(products) / sum(sizes)
+    except OverflowError:
+        return sum(products) / sum(sizes)  # inf
 
 
 def stderr(values: Sequence[float], sizes: Sequence[int]) -> float:
@@ -14,8 +18,8 @@ def stderr(values: Sequence[float], sizes: Sequence[int]) -> float:
     n, center, total = len(values), mean(values, sizes), sum(sizes)
     if n < 2:
         return math.nan
-    squares = math.fsum((size / total * (value - center)) ** 2 for value, size in zip(values, sizes, strict=True))
-    return math.sqrt(squares * n / (n - 1))
+    shares = (size / total * (value - center) for value, size in zip(values, sizes, strict=True))
+    return math.hypot(*shares) * math.sqrt(n / (n - 1))
 
 
 def check_finite(loss: float) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice
+from ..checks import check_choice, check_rho
 from ..geometry import Geometry
 from ..parameters import check_model, selected_parameters
-from ..perturbation import RandomState
 from .batches import pieces_of
+from .draws import RandomStates
 from .evaluation import Evaluation, all_of, views
 
 BATCHNORM = ("eval", "train")
@@ -20,10 +20,14 @@ BATCHNORM = ("eval", "train")
 class Objective:
     """The mean loss of a model over fixed data, as a function of the weights.
 
-    Batches are weighted by their number of examples (the length that their tensors share), so the loss does not depend
-    on how the data is cut. The model is evaluated in eval mode, with autocast and TF32 off. No measurement
-    changes the model, its buffers, gradients or mode, or the random state, also when it fails. The weights are those
-    that the model has at the time of each measurement.
+    Batches are weighted by their number of examples, so the loss does not depend on how the data is cut. That number is
+    the length that the tensors of a batch share, so a tensor for each example is to be stacked with the others. Of a
+    list of strings it is its length, and a batch without tensors is one example.
+
+    The model is evaluated in eval mode, with autocast and TF32 off. No measurement changes the model, its buffers,
+    attributes, gradients or mode, or the random state of torch, NumPy and Python, also when it fails. (What `forward`
+    writes into a list or a tensor that is no buffer stays, and a DataLoader draws from a generator of its own.) The
+    weights are those that the model has at the time of each measurement.
 
     Args:
         model: the network.
@@ -69,7 +73,7 @@ class Objective:
         self.model = model
         self.loss_fn = loss_fn
         self.batchnorm = batchnorm
-        random = RandomState({param.device for param in model.parameters()})
+        random = RandomStates({param.device for param in model.parameters()})
         try:  # a DataLoader draws a seed
             self.pieces = pieces_of(data)
         finally:
@@ -80,6 +84,8 @@ class Objective:
         if params is not None and frozen:
             raise ValueError(f"params holds {frozen[0]!r}, which does not require a gradient")
         self.params = {name: param for name, param in chosen.items() if param.requires_grad}
+        if params is not None and not chosen:
+            raise ValueError("params is empty: there is nothing to perturb")
         if not self.params:
             raise ValueError("no parameter of the model requires a gradient: there is nothing to perturb")
         for name, param in self.params.items():
@@ -170,3 +176,11 @@ def check_objective(objective: object) -> None:
     """Raise if it is not an objective."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be an Objective(model, loss_fn, data), got {type(objective).__name__}")
+
+
+def check_size(objective: Objective, rho: float) -> None:
+    """Raise if rho is no neighborhood size for these weights."""
+    check_rho(rho)
+    dtype = objective.like.dtype
+    if rho > torch.finfo(dtype).max:
+        raise ValueError(f"rho must be a number of {dtype}, at most {torch.finfo(dtype).max:.3g}, got {rho}")

@@ -57,7 +57,8 @@ def plot_plane(axes: Axes, plane: LossPlane, *, mean: str = "loss", **style: Any
     values = np.ma.masked_invalid(plane.values[mean].numpy().T)
     low, high = float(values.min()), float(values.max())
     if low > 0 and high > low:
-        style = {"norm": LogNorm(low, high), "levels": np.geomspace(low, high, 25), **style}
+        levels = np.unique(np.geomspace(low, high, 25))  # those of a plane that is nearly flat are few
+        style = {"norm": LogNorm(low, high), "levels": levels, **style}
     contours = axes.contourf(plane.x.numpy(), plane.y.numpy(), values, **style)
     axes.plot([0], [0], marker="+", color="white", markersize=9, markeredgewidth=1.6)
     axes.set_xlabel("first direction")

@@ -12,7 +12,7 @@ import torch
 
 from ..checks import check_count
 from .draws import draw
-from .lanczos import Operator
+from .lanczos import Operator, check_operator
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ def trace(operator: Operator, *, matvecs: int = 30, seed: int = 0) -> Trace:
         >>> round(trace(hessian(objective)).value, 4)  # 2 ||x||^2
         10.0
     """
+    check_operator(operator)
     check_count("matvecs", matvecs, 6)
     size, third = operator.shape[0], matvecs // 3
     like = torch.empty(size, dtype=operator.dtype, device=operator.device)

@@ -7,20 +7,20 @@ An ascent finds a lower bound of the maximum. Sources: Foret et al., arXiv:2010.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_rho
+from ..checks import check_choice, check_count
 from ..geometry import Geometry
 from .ascent import Ascent, ascend, steepest
 from .batches import Piece, grouped
 from .draws import generator_of
 from .evaluation import Evaluation
 from .means import check_finite, mean, stderr
-from .objective import Objective, check_objective
+from .objective import Objective, check_objective, check_size
 from .quadratic import Point
 from .vectors import largest_magnitude
 
@@ -151,11 +151,14 @@ def sharpness_profile(
         ((0.1, 0.2), [0.1, 0.2])
     """
     check_objective(objective)
-    rhos = sorted(rhos)
+    if not isinstance(rhos, Iterable):
+        raise TypeError(f"rhos must be a sequence of numbers, got {type(rhos).__name__}")
+    rhos = list(rhos)
     if not rhos:
         raise ValueError("rhos is empty")
     for rho in rhos:
-        check_rho(rho)
+        check_size(objective, rho)
+    rhos.sort()
     check_count("steps", steps, 1)
     check_count("restarts", restarts, 1)
     if m is not None:
@@ -195,7 +198,6 @@ class _Ball:
         self.scales = objective.scales(geometry)
         self.factors = None if bool((self.scales == 1).all()) else evaluation.parts(self.scales)
         self.p = float(geometry.p)
-        self.eps = max(torch.finfo(weight.dtype).eps for weight in evaluation.weights)
 
 
 class _Climb:
@@ -215,7 +217,8 @@ class _Climb:
             float((part.view_as(weight).to(weight.device) / largest * weight).norm())
             for part, weight in zip(parts, ball.evaluation.weights, strict=True)
         ]
-        self.rounding = ball.eps * (abs(self.base) + largest * math.hypot(*norms))
+        evaluation = ball.evaluation
+        self.rounding = evaluation.loss_eps * abs(self.base) + evaluation.eps * largest * math.hypot(*norms)
         nowhere = gradient.new_zeros(()).expand_as(gradient)  # 0 without memory
         self.origin = Point(nowhere, self.base, self._in_u(gradient))
 
