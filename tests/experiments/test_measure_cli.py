@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import numpy as np
@@ -64,6 +65,28 @@ def tensor_held_out():
 
 def nan():
     return make()[0], lambda model, batch: model(batch[0]).mean() * float("nan"), make()[2]
+
+def ok():
+    def loss_fn(model, batch):
+        loss = model(batch[0]).square().mean()
+        return loss, {"top[error]": 0.25, "a[/b]": 0.5, ":train:": 0.75}
+    return make()[0], loss_fn, make()[2]
+
+def bags():
+    model = nn.Sequential(nn.EmbeddingBag(9, 3), nn.Linear(3, 2))
+    def loss_fn(model, batch):
+        logits = model(batch)
+        return logits.square().mean(), {"error": (logits[:, 0] > 0).double().mean()}
+    return model, loss_fn, [torch.arange(8).view(4, 2)]
+
+def reentrant():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    def loss_fn(model, batch):
+        return model[1](torch.utils.checkpoint.checkpoint(torch.tanh, model[0](batch[0]), use_reentrant=True)).mean()
+    return model, loss_fn, make()[2]
+
+def positions():
+    return make()[0], lambda model, batch: (model(batch[0]).square().mean(), {"positions": 0.25}), make()[2]
 
 def wrong():
     return 1, 2, 3
@@ -218,6 +241,42 @@ def test_many_eigenvalues(asam):
     assert all(len(row["value"]) == 50 for row in json.loads(out)["rows"] if "eigenvalues" in row["quantity"])
 
 
+def test_what_the_user_named_is_printed_as_it_is(asam, tmp_path):
+    _, out, err = asam("measure", "own:ok", *QUICK)
+    assert out.startswith("own:ok: 50 parameters, ")
+    for name in ("top[error] 0.25", "a[/b] 0.5", ":train: 0.75"):
+        assert f"training {name}\n" in out
+    assert "measuring own:ok" in err
+    for folder in ("r[asam]", "x[/y]"):
+        _, out, _ = asam("landscape", "own:ok", "--points", 3, "--out", folder)
+        assert f"{folder}/plane-own-ok.npz" in out
+        assert (tmp_path / folder / "plane-own-ok.npz").exists()
+
+
+def test_without_second_derivatives_the_rest_is_measured(asam):
+    reason = (
+        "no eigenvalues and traces: the loss has no second derivative: the derivative for '_embedding_bag_backward'"
+    )
+    code, out, _ = asam("measure", "own:bags", *QUICK)
+    assert code == 0
+    assert reason in " ".join(out.split())
+    assert "adaptive, average case" in out
+    assert "SAM bound" in out
+    found = json.loads(asam("measure", "own:bags", *QUICK, "--json")[1])
+    assert found["left_out"].startswith(reason)
+    assert not [row for row in found["rows"] if "H" in row["quantity"]]
+    assert json.loads(asam("measure", "own:make", *QUICK, "--json")[1])["left_out"] is None
+
+
+def test_what_forces_its_way_and_is_refused_leaves_what_was_there(asam, tmp_path):
+    assert asam("landscape", "own:make", "--points", 3)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "asam-landscape").iterdir()}
+    code, _, err = asam("landscape", "own:positions", "--points", 3, "--force")
+    assert code == 2
+    assert err.strip().splitlines()[-1] == "asam: a mean may not be called 'positions'"
+    assert {path.name: path.read_bytes() for path in (tmp_path / "asam-landscape").iterdir()} == before
+
+
 def test_a_landscape_that_cannot_be_written_leaves_nothing(asam, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "landscape.html")
@@ -227,6 +286,17 @@ def test_a_landscape_that_cannot_be_written_leaves_nothing(asam, tmp_path, monke
     assert code == 2
     assert err.strip().splitlines()[-1] == "asam: landscape.html: No space left on device"
     assert not (tmp_path / "asam-landscape").exists()
+
+
+def test_runs_of_asam_train_are_called_as_their_folders(asam, runs, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        for suffix in (".json", ".pt"):
+            shutil.copy(runs / f"sgd-mlp{suffix}", tmp_path / folder / f"run{suffix}")
+    code, out, _ = asam("landscape", "one/run", "two/run.json", "--points", 3, "--examples", 20)
+    assert code == 0
+    assert "way-one-to-two.npz" in out
+    assert asam("measure", "one/run", *QUICK, "--examples", 20)[1].startswith("one: 26,122 parameters")
 
 
 def test_networks_of_different_architecture_have_no_way_between_them(asam, runs):
@@ -315,6 +385,8 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
         (["measure", "empty.pt", "--model", "own:make"], "empty.pt is not a checkpoint of tensors alone"),
         (["measure", "own:make", "--rho", "1e200"], "--rho must be a number > 0 and < 1e+18"),
         (["landscape", "own:nan"], "own:nan: the loss at the weights is nan"),
+        (["measure", "own:reentrant"], "the loss has no gradient: When use_reentrant=True"),
+        (["measure", "empty"], "empty is a folder without runs"),
         (["landscape", "m one.pt", "m-one.pt", "--model", "own:make"], "two targets are called m-one"),
         (["measure", "own:dropout"], "the loss is not deterministic"),
         (["measure", "own:make", "--normalize-logits"], "--normalize-logits is for runs"),
@@ -340,6 +412,7 @@ def test_bad_input_is_one_line_and_exit_code_2(asam, tmp_path, arguments, messag
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save(nn.Linear(1, 1), tmp_path / "pickle.pt")
     (tmp_path / "empty.pt").touch()
+    (tmp_path / "empty").mkdir()
     for name in ("m one.pt", "m-one.pt"):
         torch.save(nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2)).state_dict(), tmp_path / name)
     code, out, err = asam(*arguments)

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from .. import __version__
 from . import InputError
 from .files import held, plain
 from .options import with_run_options
 from .run import LARGEST
-from .terminal import counted, print_table, progress, refusals
+from .terminal import counted, print_table, progress, refusals, say
 
 INTERRUPTED = 130
 MANY = 10_000  # runs to name in one plan
@@ -99,11 +98,10 @@ def compare(
     if as_json:
         print(json.dumps(found))
         return
-    console = Console()
     print_table(terminal_table(found))
     for sentence in verdict(found):
-        console.print(sentence, highlight=False)
-    console.print(f"Written: {out / 'report.html'}, {out / 'results.json'}", highlight=False, soft_wrap=True)
+        say(sentence)
+    say(f"Written: {out / 'report.html'}, {out / 'results.json'}", wrapped=False)
 
 
 MODEL_HELP = "module:function that returns (model, loss_fn, data[, held_out]), for a checkpoint of your own."
@@ -116,8 +114,8 @@ NormalizeLogits = Annotated[bool, typer.Option("--normalize-logits", help="Take 
 def measure(
     target: Annotated[str, typer.Argument(help="A run of asam compare or train, a checkpoint, or module:function.")],
     model: Function = None,
-    rho: Annotated[list[float], typer.Option(help="Neighborhood sizes of sharpness.")] = [0.05, 0.1, 0.2],  # noqa: B006
-    adaptive_rho: Annotated[list[float], typer.Option(help="Those of adaptive sharpness.")] = [0.5, 1.0, 2.0],  # noqa: B006
+    rho: Annotated[list[float], typer.Option(help="A size for sharpness; may be repeated.")] = [0.05, 0.1, 0.2],  # noqa: B006
+    adaptive_rho: Annotated[list[float], typer.Option(help="One for adaptive sharpness.")] = [0.5, 1.0, 2.0],  # noqa: B006
     normalization: Annotated[
         Literal["elementwise", "filterwise", "layerwise"], typer.Option(help="T_w of adaptive sharpness.")
     ] = "elementwise",
@@ -171,12 +169,13 @@ def measure(
     if as_json:
         print(json.dumps(plain(found)))
         return
-    console = Console()
     for line in summary(found):
-        console.print(line, highlight=False)
+        say(line)
     print_table(terminal_table(found))
+    if found["left_out"]:
+        say(found["left_out"])
     for bound in found["bounds"]:
-        console.print(bound["explanation"], highlight=False)
+        say(bound["explanation"])
 
 
 @app.command()
@@ -210,14 +209,16 @@ def landscape(
         raise InputError(f"two targets are called {next(name for name in names if names.count(name) > 1)}")
     with held(out):
         check_free(out, force=force)
-        with progress(f"{len(found)} landscapes", passes(found, points)) as advance, refusals():
+        many = f"{len(found)} landscapes" if len(found) > 1 else "1 landscape"
+        with progress(many, passes(found, points)) as advance, refusals():
             slices = compute(found, points, span, seed, advance)
         for one, other in pairwise(found):
             if f"{one.name} to {other.name}" not in slices.interpolations:
                 message = f"asam: no way from {one.name} to {other.name}: they are not of the same architecture"
                 print(message, file=sys.stderr)
-        files = save(slices, out)
-    Console().print(f"Written: {', '.join(map(str, files))}", highlight=False, soft_wrap=True)
+        with refusals():
+            files = save(slices, out)
+    say(f"Written: {', '.join(map(str, files))}", wrapped=False)
 
 
 @app.command()
@@ -302,11 +303,10 @@ def tune(
     if as_json:
         print(json.dumps(plain(found)))
         return
-    console = Console()
     print_table(tuning.terminal_table(found))
     best = found["best"]
-    console.print(f"ASAM(model, rho={best['rho']:.3g}, eta={best['eta']:.3g}, bias={best['bias']!r})", highlight=False)
-    console.print(f"Written: {out / 'tune.json'}", highlight=False, soft_wrap=True)
+    say(f"ASAM(model, rho={best['rho']:.3g}, eta={best['eta']:.3g}, bias={best['bias']!r})")
+    say(f"Written: {out / 'tune.json'}", wrapped=False)
 
 
 @app.command()
@@ -345,10 +345,9 @@ def reproduce(
     reproduction.claim(study, scale, settings, folder, storage, force=force)
     with counted(f"{name}, {scale} scale") as progress:
         findings = reproduction.reproduce(study, scale, settings, folder, storage, workers, progress)
-    console = Console()
     for item in findings.findings:
-        console.print(item.sentence(), highlight=False)
-    console.print(f"Written: {folder / 'report.html'}, {folder / 'table.md'}", highlight=False, soft_wrap=True)
+        say(item.sentence())
+    say(f"Written: {folder / 'report.html'}, {folder / 'table.md'}", wrapped=False)
 
 
 def run() -> int:

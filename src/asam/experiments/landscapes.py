@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -81,27 +82,21 @@ def compute(targets: list[Target], points: int, span: float, seed: int, advance:
 def save(slices: Slices, folder: Path) -> list[Path]:
     """Write the slices, their plots and the page in place of earlier ones; return the files.
 
-    All of them or, where that fails, none.
+    All of them or, where that fails, none: then the earlier ones stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for pattern in OURS:
-        for file in folder.glob(pattern):
-            file.unlink()
-    files = []
-    try:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
+        new = Path(unfinished)
         for kind, found in (("plane", slices.planes), ("line", slices.lines), ("way", slices.interpolations)):
             for name, piece in found.items():
-                files.append(folder / f"{kind}-{file_name(name)}.npz")
-                piece.save(files[-1])
+                piece.save(new / f"{kind}-{file_name(name)}.npz")
         page = landscape_page(slices.planes, slices.lines, slices.interpolations)
         for name, text in (("planes.svg", _planes(slices)), ("lines.svg", _lines(slices)), (PAGE, page)):
-            files.append(folder / name)
-            write(files[-1], text)
-    except BaseException:
-        for file in files:
-            file.unlink(missing_ok=True)
-        raise
-    return files
+            write(new / name, text)
+        for pattern in OURS:
+            for file in folder.glob(pattern):
+                file.unlink()
+        return [file.replace(folder / file.name) for file in sorted(new.iterdir())]
 
 
 def _planes(slices: Slices) -> str:

@@ -21,6 +21,8 @@ from ..measure import (
     trace,
     worst_case_sharpness,
 )
+from ..measure.evaluation import NoSecondDerivative
+from ..measure.hessian import HessianOperator
 from . import InputError
 from .environment import environment
 from .targets import Target, counted
@@ -78,19 +80,12 @@ def measure(target: Target, settings: Settings, advance: Callable[[float], None]
     rows: list[dict[str, Any]] = []
     for geometry, rhos in ((plain, settings.rhos), (adaptive, settings.adaptive_rhos)):
         rows += _sharpness(objective, geometry, rhos, k, settings)
-    for name, operator in (("H", hessian(objective)), ("THT", hessian(objective, geometry=adaptive))):
-        found = top_eigenvalues(
-            operator, settings.eigenvalues, max_matvecs=max(100, 3 * settings.eigenvalues), seed=settings.seed
-        )
-        rows.append(
-            {
-                "quantity": f"top eigenvalues of {name}",
-                "value": found.values.tolist(),
-                "converged": found.converged,
-            }
-        )
-        estimate = trace(operator, matvecs=settings.matvecs, seed=settings.seed)
-        rows.append({"quantity": f"trace of {name}", "value": estimate.value, "stderr": estimate.stderr})
+    left_out = None
+    try:
+        for name, operator in (("H", hessian(objective)), ("THT", hessian(objective, geometry=adaptive))):
+            rows += _curvature(name, operator, settings)
+    except NoSecondDerivative as error:  # all the rest can be had without
+        left_out = f"no eigenvalues and traces: {error}"
     return {
         "target": target.name,
         "settings": asdict(settings),
@@ -99,6 +94,7 @@ def measure(target: Target, settings: Settings, advance: Callable[[float], None]
         "training": means,
         "held_out": held_out,
         "rows": rows,
+        "left_out": left_out,
         "bounds": _bounds(target, objective, settings, held_out) if "error" in means and objective.examples > 1 else [],
         "environment": environment(),
     }
@@ -132,6 +128,16 @@ def _sharpness(
             }
         )
     return rows
+
+
+def _curvature(name: str, operator: HessianOperator, settings: Settings) -> list[dict[str, Any]]:
+    matvecs = max(100, 3 * settings.eigenvalues)
+    found = top_eigenvalues(operator, settings.eigenvalues, max_matvecs=matvecs, seed=settings.seed)
+    estimate = trace(operator, matvecs=settings.matvecs, seed=settings.seed)
+    return [
+        {"quantity": f"top eigenvalues of {name}", "value": found.values.tolist(), "converged": found.converged},
+        {"quantity": f"trace of {name}", "value": estimate.value, "stderr": estimate.stderr},
+    ]
 
 
 def _bounds(

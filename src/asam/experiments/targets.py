@@ -70,7 +70,10 @@ def find(
 
 def _run(path: Path, examples: int, normalize_logits: bool) -> Target:
     if path.is_dir():
-        raise InputError(f"{path} is a folder: name one of its runs, such as {_example(path)}")
+        example = _example(path)
+        raise InputError(
+            f"{path} is a folder{f': name one of its runs, such as {example}' if example else ' without runs'}"
+        )
     bare = path.with_suffix("") if path.suffix in (".json", ".pt") else path
     configuration, weights = bare.with_name(bare.name + ".json"), bare.with_name(bare.name + ".pt")
     if not configuration.exists():
@@ -99,7 +102,9 @@ def _run(path: Path, examples: int, normalize_logits: bool) -> Target:
         }
     loss_fn = _normalized_loss if normalize_logits else _loss
     batches = first([(data.train.inputs, data.train.labels)], examples)
-    return Target(bare.name, model, loss_fn, batches, held_out, known_prior)
+    # asam train calls each of its runs so, in a folder with a name
+    name = bare.absolute().parent.name if bare.name == "run" else bare.name
+    return Target(name, model, loss_fn, batches, held_out, known_prior)
 
 
 def counted(target: Target, advance: Callable[[float], None]) -> Objective:
@@ -129,10 +134,11 @@ def _normalized_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Te
     return cross_entropy(normalized_logits(logits), batch[1]), {"error": error}
 
 
-def _example(folder: Path) -> str:
+def _example(folder: Path) -> Path | None:
     runs = folder / "runs" if (folder / "runs").is_dir() else folder
-    files = (file for file in sorted(runs.glob("*.json")) if file.name != "config.json")
-    return str(next((file.with_suffix("") for file in files), folder / "runs" / "asam-x1-seed0"))
+    return next(
+        (file.with_suffix("") for file in sorted(runs.glob("*.pt")) if file.with_suffix(".json").exists()), None
+    )
 
 
 def _call(function: str, examples: int, seed: int) -> Target:

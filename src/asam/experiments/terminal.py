@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -12,16 +13,21 @@ from . import InputError
 NARROWEST = 80  # columns in which every table shows its values
 
 
+def say(text: str, *, wrapped: bool = True) -> None:
+    """Print a text as it is, in lines as long as the terminal is wide if ``wrapped``."""
+    _console().print(text, soft_wrap=not wrapped)
+
+
 def print_table(table: Table) -> None:
     """Print a table; in a narrower terminal its lines are broken, and no values left out."""
-    Console(width=max(NARROWEST, Console().width)).print(table)
+    _console(width=max(NARROWEST, Console().width)).print(table)
 
 
 @contextmanager
 def progress(description: str, total: float) -> Iterator[Callable[[float], None]]:
     """A bar on standard error with the time left; yields what advances it."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with _shown(Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with _shown(Progress(*columns, TimeRemainingColumn(), console=_console(stderr=True))) as progress:
         task = progress.add_task(description, total=total)
         yield lambda amount: progress.advance(task, amount)
         progress.update(task, completed=total)
@@ -31,14 +37,19 @@ def progress(description: str, total: float) -> Iterator[Callable[[float], None]
 def counted(description: str, unit: str = "runs", *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
     """The same for runs whose number grows as the study goes on."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn(f"{{task.completed:.0f}}/{{task.total:.0f}} {unit}"),
     )
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with _shown(Progress(*columns, *times, console=Console(stderr=True), disable=not shown)) as progress:
+    with _shown(Progress(*columns, *times, console=_console(stderr=True), disable=not shown)) as progress:
         task = progress.add_task(description, total=1)
         yield lambda done, planned: progress.update(task, completed=done, total=planned)
+
+
+def _console(**options: Any) -> Console:
+    """What prints names and paths of the user's as they are: none of them is markup, or an emoji."""
+    return Console(markup=False, emoji=False, highlight=False, **options)
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def _surface_plot(plane: LossPlane, z: list[list[float | None]], low: float, hig
         contours={
             "z": {
                 "show": True,
-                "usecolormap": True,
+                "color": "rgba(15, 23, 42, 0.45)",  # of the colors, plotly would take those of this surface's own range
                 "project": {"z": True},
                 "start": low,
                 "end": high,
