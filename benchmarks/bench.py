@@ -4,9 +4,10 @@
 
 Four measurements: training steps (steps.py), ascent and restore alone (ascent.py), how these grow (growth.py), and
 sharpness (sharpness.py). One thread on one core, CPU time, all variants once in each round, ratios within a round:
-medians and bootstrap 95 % intervals (measure.py). The row "again" is the yardstick once more: no difference smaller
-than its interval means anything. The other implementations are pytorch_optimizer's SAM with adaptive=True, as
-it is and with foreach=True, and in the steps sam_pytorch's, which is not adaptive.
+medians and bootstrap 95 % intervals (measure.py). Each table is made by a process of its own, whose memory has no
+past. The row "again" is the yardstick once more: no difference smaller than its interval means anything. The other
+implementations are pytorch_optimizer's SAM with adaptive=True, as it is and with foreach=True, and in the steps
+sam_pytorch's, which is not adaptive.
 """
 
 import argparse
@@ -14,7 +15,9 @@ import json
 import platform
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from typing import Any
 import torch
 from ascent import measure_ascent
 from growth import measure_growth
-from measure import hardware, settle
+from measure import hardware, in_a_process_of_its_own, settle
 from rich.console import Console
 from rich.table import Table
 from sharpness import measure_sharpness
@@ -30,6 +33,14 @@ from steps import measure_steps
 from workloads import weights, workloads
 
 import asam
+
+
+def _of_a_network(measure: Callable[..., dict[str, Any]], i: int, *arguments: Any) -> list[dict[str, Any]]:
+    return [measure(workloads()[i], *arguments)]
+
+
+def _of_a_list(i: int, budget: float) -> list[dict[str, Any]]:
+    return [measure_ascent(weights()[i](), budget)]
 
 
 def _show(console: Console, result: dict[str, Any]) -> None:
@@ -82,20 +93,24 @@ def main() -> None:
     console.print(", ".join(f"{key}: {value}" for key, value in run.items()), highlight=False, soft_wrap=True)
     torch.manual_seed(0)
     budget = 1.0 if arguments.quick else 12.0
+    networks = range(len(workloads()))
+    lists = weights() if arguments.large else weights()[:-1]
+    amounts = ((20, 80), (16,), (8, 32), (1,), (8,))
+    calls: list[Callable[[], list[dict[str, Any]]]] = [
+        *(partial(_of_a_network, measure_steps, i, budget) for i in networks),
+        *(partial(_of_a_list, i, budget) for i in range(len(lists))),
+        partial(measure_growth, budget),
+        *(
+            partial(_of_a_network, measure_sharpness, i, batches, budget)
+            for i in networks
+            for batches in ((1,) if arguments.quick else amounts[i])
+        ),
+    ]
     results = []
-    for workload in workloads():
-        results.append(measure_steps(workload, budget))
-        _show(console, results[-1])
-    for lists in weights(arguments.large):
-        results.append(measure_ascent(lists, budget))
-        _show(console, results[-1])
-    for table in measure_growth(budget):
-        results.append(table)
-        _show(console, table)
-    for workload, amounts in zip(workloads(), ((20, 80), (16,), (8, 32), (1,), (8,)), strict=True):
-        for batches in (1,) if arguments.quick else amounts:
-            results.append(measure_sharpness(workload, batches, budget))
-            _show(console, results[-1])
+    for call in calls:
+        for table in in_a_process_of_its_own(call):
+            results.append(table)
+            _show(console, table)
     if arguments.out:
         (arguments.out / "bench.json").write_text(
             json.dumps({**run, "tables": results}, default=asdict, indent=2) + "\n"

@@ -106,9 +106,14 @@ class Weights:
     model: nn.Module
 
 
-def weights(large: bool) -> list[Weights]:
-    lists = [small(32), small(64), Weights("ResNet-50", resnet50())]
-    return [*lists, Weights("GPT-2 124M", gpt2())] if large else lists
+def weights() -> list[Callable[[], Weights]]:
+    """What makes each list, the largest last."""
+    return [
+        lambda: small(32),
+        lambda: small(64),
+        lambda: Weights("ResNet-50", resnet50()),
+        lambda: Weights("GPT-2 124M", gpt2()),
+    ]
 
 
 def small(size: int) -> Weights:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from . import html, plots
 from .compare import verdict
@@ -34,7 +34,7 @@ def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def terminal_table(found: dict[str, Any]) -> Table:
     """The table for the terminal."""
-    table = Table(*HEADINGS)
+    table = Table(*(Column(heading, overflow="fold") for heading in HEADINGS))
     for row in rows(found):
         table.add_row(*row, style="bold" if row[0] == "ASAM" else None)
     return table

@@ -58,7 +58,7 @@ def _shown(progress: Progress) -> Iterator[Progress]:
     progress.start()
     try:
         yield progress
-    except InputError:
+    except (InputError, OSError):
         progress.live.transient = True
         progress.live.stop()
         raise
