@@ -187,6 +187,14 @@ def test_a_closure_that_calls_backward_itself(way, retain_graph):
     asam.backward(closure)
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_a_closure_may_clear_the_gradients(set_to_none):
+    model, closure = shapes_problem()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    closure().backward()
+    ASAM(model).backward(lambda: (optimizer.zero_grad(set_to_none=set_to_none), closure())[1])
+
+
 def test_a_parameter_that_is_the_loss_collects_no_hooks():
     model = nn.Linear(1, 1)
     for _ in range(3):

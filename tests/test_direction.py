@@ -265,6 +265,17 @@ def test_without_a_mean_the_gradient_is_climbed_whatever_its_weight():
         assert e.norm().item() == pytest.approx(0.1, rel=1e-5)
 
 
+@pytest.mark.parametrize("direction", ["away from the mean", "own momentum"])
+def test_a_memory_may_be_loaded_in_another_precision(direction):
+    training = Training(direction)
+    training.step(0)
+    state = training.asam.state_dict()
+    state["mean"] = {name: value.bfloat16() for name, value in state["mean"].items()}
+    training.asam.load_state_dict(state)
+    training.step(1)
+    assert all(value.isfinite().all() for value in training.memory().values())
+
+
 def test_a_memory_of_weights_of_several_types():
     model = nn.Sequential(nn.Linear(3, 3, dtype=torch.bfloat16), nn.Linear(3, 1, dtype=torch.float64))
     asam = ASAM(model, direction=Gradient(mean=-1.0), rounding="stochastic")

@@ -8,7 +8,7 @@ from torch import nn
 from asam import ASAM, Momentum
 
 RHO = 0.3
-LARGE = 20_000  # elements; a tensor of more than a sixteenth of 2**18 lies beside no others
+LARGE = 20_000  # elements; a tensor of more than 2**14 lies beside no others
 
 
 def convolution(dtype=torch.float64, order=torch.contiguous_format):

@@ -207,7 +207,7 @@ def test_a_graph_that_needs_the_old_weights_raises():
 
 def test_nothing_is_put_back_before_anything_has_moved():
     params, grads = [torch.ones(3)], [torch.ones(3)]
-    block = NativeBlock(library(), params, grads, 1, 0.0, CPU_BLOCK)
+    block = NativeBlock(library(), params, grads, 1, 0.0)
     assert block.put_back() == []
     block.keep()  # room of whatever it holds
     assert block.put_back() == []

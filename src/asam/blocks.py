@@ -45,7 +45,7 @@ class Piece(NamedTuple):
     def part(self, index: int | slice) -> "Piece":
         """The row or the rows of that index."""
         scale = None if self.scale is None else self.scale[index]
-        param = self.param.detach()[index]  # torch compiles no write to a view of what requires a gradient
+        param = self.param[index]
         target = param if self.target is self.param else self.target[index]
         return Piece(param, self.grad[index], target, scale, self.elementwise)
 
@@ -98,8 +98,7 @@ def _limits(device: torch.device, compile: bool) -> tuple[int, int]:
         return ACCELERATOR_BLOCK, ACCELERATOR_BLOCK // (COMPILED_ALONE if compile else ACCELERATOR_ALONE)
     if compile:
         return COMPILED_BLOCK, COMPILED_BLOCK // COMPILED_ALONE
-    limit = CPU_BLOCK * torch.get_num_threads()
-    return limit, limit // CPU_ALONE
+    return CPU_BLOCK * torch.get_num_threads(), CPU_BLOCK // CPU_ALONE
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,13 @@ def as_closures(argument: str, value: Closure | Sequence[Closure]) -> Sequence[C
 
 
 def forward_only(closure: Closure, params: Sequence[Tensor]) -> Closure:
-    """The closure, which is refused if it changes ``.grad``, as one that calls ``loss.backward()`` does."""
+    """The closure, which is refused if it leaves something else in ``.grad``, as ``loss.backward()`` does."""
 
     def looked_at() -> Tensor:
         before = held(params)
         loss = closure()
-        if any(now is not None and now != then for then, now in zip(before, held(params), strict=True)):
+        changed = [param.grad for param, then, now in zip(params, before, held(params), strict=True) if now != then]
+        if any(grad is not None and (grad.layout != torch.strided or grad.any()) for grad in changed):
             raise RuntimeError(
                 "the closure changes .grad: it must compute the loss and return it, without loss.backward(), which "
                 "backward(closure) calls itself; a closure that does so is for SharpnessAwareOptimizer.step"

@@ -8,15 +8,14 @@ A maximizer depends on the direction of d alone, so d needs no bias correction a
 """
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .checks import check_count, check_number
 from .closures import unit_of
@@ -64,7 +63,7 @@ class Mean:
 
         @cache
         def beside(device: torch.device, dtype: torch.dtype) -> Tensor:
-            value = torch.full((), weight, dtype=torch.float32 if dtype in HALF else dtype, device=device)
+            value = torch.full((), weight, dtype=dtype, device=device)
             return value if self._empty is None else value.masked_fill(self._empty.to(device, non_blocking=True), 1)
 
         return lambda tensor: beside(tensor.device, tensor.dtype)
@@ -166,7 +165,7 @@ class Gradient:
             grads = in_units(grads, units)
             weight = self._memory.or_one(self.weight)
             directions = [
-                grad if name not in values else weight(grad) * grad + self.mean * values[name]
+                grad if name not in values else weight(wide(grad)) * wide(grad) + self.mean * values[name]
                 for name, grad in zip(names, grads, strict=True)
             ]
         self._memory.update(names, grads)
@@ -182,21 +181,8 @@ class Gradient:
             self._memory.load(state_dict["mean"], params)
 
 
-# The optimizers of a Momentum that have no state yet, and whether they have taken a step with a gradient.
-_stateless: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
-
-
-def _look_at_state(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
-    if optimizer in _stateless:
-        params = (param for group in optimizer.param_groups for param in group["params"])
-        trained = [param for param in params if param.grad is not None]
-        if any(optimizer.state.get(param) for param in trained):
-            del _stateless[optimizer]
-        elif trained:
-            _stateless[optimizer] = True
-
-
-register_optimizer_step_post_hook(_look_at_state)
+# Steps without any momentum after which a user is told.
+PATIENCE = 10
 
 
 class Momentum:
@@ -232,13 +218,13 @@ class Momentum:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         check_count("statistics_every", statistics_every, 1)
         self._optimizer = optimizer
-        if optimizer is not None:
-            if all(group.get("momentum") == 0 for group in optimizer.param_groups):
-                raise ValueError(_NO_MOMENTUM.format(type(optimizer).__name__))
-            _stateless[optimizer] = False
+        if optimizer is not None and all(group.get("momentum") == 0 for group in optimizer.param_groups):
+            raise ValueError(_NO_MOMENTUM.format(type(optimizer).__name__))
         self._memory = Mean(decay)
         self.statistics_every = statistics_every
         self._calls = 0
+        self._without = 0  # steps that left no momentum
+        self._versions: int | None = None  # of the weights, after the last of them
 
     def __repr__(self) -> str:
         source = f"decay={self._memory.decay}" if self._optimizer is None else type(self._optimizer).__name__
@@ -272,9 +258,23 @@ class Momentum:
                     f"{type(self._optimizer).__name__} holds none of the parameters that are perturbed: give Momentum "
                     "the optimizer that trains this model"
                 )
-        if (any(states) or _stateless.get(self._optimizer)) and all(value is None for value in found):
-            raise RuntimeError(_NO_MOMENTUM.format(type(self._optimizer).__name__))
+        if all(value is None for value in found):
+            if any(states):
+                raise RuntimeError(_NO_MOMENTUM.format(type(self._optimizer).__name__))
+            self._count(params)
         return found
+
+    def _count(self, params: Mapping[str, Tensor]) -> None:
+        """Warn, once, where steps move the weights and leave no momentum: the state may be elsewhere."""
+        versions = sum([param._version for param in params.values()])
+        if self._versions != versions:
+            self._without += self._versions is not None
+            self._versions = versions
+            if self._without == PATIENCE:
+                warnings.warn(
+                    f"in {PATIENCE} steps nothing was perturbed: {_NO_MOMENTUM.format(type(self._optimizer).__name__)}",
+                    stacklevel=5,
+                )
 
     def looks(self) -> bool:
         """Whether the running statistics are due in this call."""

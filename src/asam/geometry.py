@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .blocks import AS_IT_STANDS, CPU_BLOCK, Block, Execution, Piece, dual_norm, factors_of, packed
+from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, factors_of, packed
 from .checks import check_choice, check_number, check_rho
 from .kernels import HALF, factors
 from .native import NativeBlock, block_of, is_for
@@ -250,7 +250,7 @@ class Geometry:
         native: NativeBlock | None = None
         if execution.compile and targets is None and is_for(q):
             adaptive = [True if kind == "elementwise" else False if kind == "none" else None for kind in kinds]
-            native, others = block_of(adaptive, params, grads, self.eta, CPU_BLOCK)
+            native, others = block_of(adaptive, params, grads, self.eta)
             columns = [[column[i] for i in others] for column in columns]
         pieces = [
             Piece(param, grad, target, scale, kind == "elementwise")

@@ -305,6 +305,7 @@ class ASAM:
         with self._entered():
             # a layer frozen since the last step may hold its old gradient
             grads_at_w = [param.grad if param.requires_grad else None for param in self._params.values()]
+            self._passes.look_at_missing(grads_at_w)
             names, params, grads = self._passes.present(self._params, grads_at_w, averaged=self.sync_ascent)
             del grads_at_w
             self._clear_grads()

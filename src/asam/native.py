@@ -65,7 +65,7 @@ def is_for(q: float) -> bool:
 
 
 def block_of(
-    adaptive: Sequence[bool | None], params: Sequence[Tensor], grads: Sequence[Tensor], eta: float, large: int
+    adaptive: Sequence[bool | None], params: Sequence[Tensor], grads: Sequence[Tensor], eta: float
 ) -> "tuple[NativeBlock | None, Sequence[int]]":
     """One block of all tensors that can go this way, if there are any, and the places of the others.
 
@@ -74,7 +74,6 @@ def block_of(
         params: the tensors that move.
         grads: their gradients.
         eta: the stabilizer.
-        large: elements from which on a parameter is kept as its memory, which may not be its own any more afterwards.
     """
     fits = [kind is not None and is_plain(p, g) for kind, p, g in zip(adaptive, params, grads, strict=True)]
     chosen = [i for i, fit in enumerate(fits) if fit and adaptive[i]]
@@ -83,7 +82,7 @@ def block_of(
     loops = library() if chosen else None
     if loops is None:
         return None, range(len(fits))
-    block = NativeBlock(loops, [params[i] for i in chosen], [grads[i] for i in chosen], count, eta, large)
+    block = NativeBlock(loops, [params[i] for i in chosen], [grads[i] for i in chosen], count, eta)
     if block.overlap():
         return None, range(len(fits))
     return block, [] if len(chosen) == len(fits) else [i for i, fit in enumerate(fits) if not fit]
@@ -111,22 +110,18 @@ class NativeBlock:
         loops: the :func:`library`.
         params, grads: for which :func:`is_plain` holds.
         adaptive: how many of them have T = |w| + eta.
-        eta, large: as for :func:`block_of`.
+        eta: the stabilizer.
     """
 
     q: float
     sign: int
     factors: tuple[Any, ...]
 
-    def __init__(
-        self, loops: ctypes.CDLL, params: list[Tensor], grads: list[Tensor], adaptive: int, eta: float, large: int
-    ) -> None:
+    def __init__(self, loops: ctypes.CDLL, params: list[Tensor], grads: list[Tensor], adaptive: int, eta: float):
+        self.targets = params
         self._loops, self._grads, self._adaptive, self._eta = loops, grads, adaptive, eta
         self._sizes = array("q", map(Tensor.numel, params))
-        self.targets = [
-            param.detach() if size > large else param for param, size in zip(params, self._sizes, strict=True)
-        ]
-        self._places = _places(self.targets)
+        self._places = _places(params)
         self._pointers = array("Q", self._places[0])
         self._gradients = array("Q", map(Tensor.data_ptr, grads))
         self._saved: Tensor | None = None

@@ -41,8 +41,9 @@ def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
 def vector_norm(vector: Tensor, p: float = 2) -> Tensor:
     """The p-norm of a vector. On the CPU torch's own of 40 million numbers in float32 is off by 0.3 %."""
     if p == math.inf:
-        return vector.abs().amax()
-    if len(vector) > BLOCK:
+        largest: Tensor = torch.linalg.vector_norm(vector, p)
+        return largest
+    if vector.is_cpu and len(vector) > BLOCK:
         vector = torch.stack([_norm(part, p) for part in torch.split(vector, BLOCK)])
     return _norm(vector, p)
 

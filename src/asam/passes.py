@@ -71,7 +71,7 @@ class Passes:
             if through:
                 params = dict(self._params)
                 loss, grads = self._into_grad(closures, backward, units)
-                self._look_at_missing(grads)
+                self.look_at_missing(grads)
             else:
                 params = {name: param for name, param in self._params.items() if param.requires_grad}
                 loss, grads = self._apart_from_grad(closures, list(params.values()))
@@ -108,11 +108,11 @@ class Passes:
                     )
                 # not in place: autograd may hand out one buffer for two parameters
                 grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)] if grads else list(new)
-                self._look_at_missing(new, loss)
+                self.look_at_missing(new, loss)
             losses.append(loss.detach())
         return total(losses), grads
 
-    def _look_at_missing(self, grads: Sequence[Tensor | None], loss: Tensor | None = None) -> None:
+    def look_at_missing(self, grads: Sequence[Tensor | None], loss: Tensor | None = None) -> None:
         """Raise if parameters have no gradient for a reason that should be told.
 
         To find out takes long: it is done when others are missing than before.
@@ -159,7 +159,12 @@ class Passes:
     def _check_still_the_models(self) -> None:
         """Raise if the model has got another parameter in the place of one that was there at first."""
         now = dict(self._model.named_parameters(remove_duplicate=False))
-        replaced = [name for name, param in self._params.items() if name in now and now[name] is not param]
+        ours = {id(param) for param in self._params.values()}
+        replaced = [
+            name
+            for name, param in self._params.items()
+            if name in now and id(now[name]) not in ours and now[name].requires_grad and param.requires_grad
+        ]
         # FSDP2 puts shards in the place of parameters, and whole ones in the place of shards for a while
         if replaced and not (self._sharded or is_sharded(now.values())):
             raise RuntimeError(

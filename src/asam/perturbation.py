@@ -49,7 +49,7 @@ def perturbed(
         RuntimeError: an optimizer took a step on one of them meanwhile, or one has another shape afterwards.
     """
     saved: list[Block | NativeBlock] = []
-    cut: list[tuple[Tensor, Tensor]] = []
+    large: list[tuple[Tensor, Tensor]] = []
     resized: list[Tensor] = []
     with torch.no_grad():
         buffers = Buffers(modules_of(model) if keeping is None else keeping)
@@ -59,9 +59,9 @@ def perturbed(
             with torch.no_grad():
                 for block in reversed(saved):  # memory that two parameters share was moved twice
                     resized.extend(block.put_back())
-                for param, whole in cut:
-                    if param.data_ptr() != whole.data_ptr() or param.shape != whole.shape:
-                        resized.extend(put_back([param], [whole]))
+                for param, memory in large:
+                    if param.data_ptr() != memory.data_ptr() or param.shape != memory.shape:
+                        resized.extend(put_back([param], [memory]))
                 buffers.restore()
         finally:
             _away.pop(id(params), None)
@@ -71,9 +71,10 @@ def perturbed(
     try:
         _away[id(params)] = params
         with torch.no_grad():
-            # these move in slices, which do not follow if the block puts other memory under the parameter
-            cut += [(p, p.detach()) for p in params if type(p) is nn.Parameter and p.numel() > CPU_BLOCK]
-            for block in geometry.blocks(names, params, grads, rho, execution=execution):
+            # large ones move as memory, in slices for example, which does not follow if the parameter gets another
+            memories = [p.detach() if type(p) is nn.Parameter and p.numel() > CPU_BLOCK else p for p in params]
+            large += [(p, memory) for p, memory in zip(params, memories, strict=True) if memory is not p]
+            for block in geometry.blocks(names, memories, grads, rho, execution=execution):
                 block.keep()
                 saved.append(block)
                 block.move()

@@ -66,6 +66,11 @@ def tensor_held_out():
 def nan():
     return make()[0], lambda model, batch: model(batch[0]).mean() * float("nan"), make()[2]
 
+def tanh():
+    model, loss_fn, data = make()
+    model[1] = nn.Tanh()
+    return model, loss_fn, data
+
 def ok():
     def loss_fn(model, batch):
         loss = model(batch[0]).square().mean()
@@ -241,6 +246,13 @@ def test_many_eigenvalues(asam):
     assert all(len(row["value"]) == 50 for row in json.loads(out)["rows"] if "eigenvalues" in row["quantity"])
 
 
+def test_networks_of_the_same_shapes_and_other_layers_have_no_way_between_them(asam, tmp_path):
+    code, _, err = asam("landscape", "own:make", "own:tanh", "--points", 3)
+    assert code == 0
+    assert "no way from own:make to own:tanh: they are not of the same architecture" in err
+    assert (tmp_path / "asam-landscape" / "plane-own-tanh.npz").exists()
+
+
 def test_what_the_user_named_is_printed_as_it_is(asam, tmp_path):
     _, out, err = asam("measure", "own:ok", *QUICK)
     assert out.startswith("own:ok: 50 parameters, ")
@@ -293,7 +305,8 @@ def test_runs_of_asam_train_are_called_as_their_folders(asam, runs, tmp_path):
         (tmp_path / folder).mkdir()
         for suffix in (".json", ".pt"):
             shutil.copy(runs / f"sgd-mlp{suffix}", tmp_path / folder / f"run{suffix}")
-    code, out, _ = asam("landscape", "one/run", "two/run.json", "--points", 3, "--examples", 20)
+    (tmp_path / "one" / "inside").mkdir()
+    code, out, _ = asam("landscape", "one/inside/../run", "two/run.json", "--points", 3, "--examples", 20)
     assert code == 0
     assert "way-one-to-two.npz" in out
     assert asam("measure", "one/run", *QUICK, "--examples", 20)[1].startswith("one: 26,122 parameters")

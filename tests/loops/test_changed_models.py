@@ -152,6 +152,32 @@ def test_weights_come_back_into_other_memory(failing, width):
     assert_same(weights(model), before)
 
 
+@pytest.fixture
+def four_threads():
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("four_threads")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("width", [260, 330, LARGE])
+def test_weights_come_back_into_other_memory_on_several_threads(width, compiled, monkeypatch):
+    # large enough to be kept as memory, and on so many threads not large enough to be cut
+    assert CPU_BLOCK < 260**2 < 330**2 < 4 * CPU_BLOCK < LARGE**2
+    monkeypatch.setattr("asam.native.library", lambda: None)
+    monkeypatch.setattr("asam.blocks.compiled", lambda kernel: kernel)
+    model, closure = problem(width)
+    before, old = weights(model), model[0].weight.data
+
+    def change():
+        model[0].weight.data = old.clone()
+
+    ASAM(model, rho=5.0, compile=compiled).backward(changing(closure, 2, change))
+    assert_same(weights(model), before)
+    assert torch.equal(old, before["0.weight"])
+
+
 @pytest.mark.parametrize("width", [6, LARGE])
 def test_weights_come_back_in_another_dtype(width):
     model, closure = problem(width)
@@ -194,13 +220,31 @@ def test_another_parameter_in_the_place_of_one_is_told(whole, through):
     model, closure = problem()
     asam = ASAM(model)
     asam.backward(closure, backward=through)
+    model.zero_grad()
     part = model if whole else model[2]
     part.load_state_dict({name: value.clone() for name, value in part.state_dict().items()}, assign=True)
     before = weights(model)
+    closure().backward()
+    with pytest.raises(RuntimeError, match=r"^the model has another parameter"), asam.perturbed():
+        raise AssertionError("the block must not run")
     for _ in range(2):
         with pytest.raises(RuntimeError, match=rf"^the model has another parameter '{0 if whole else 2}\.weight' than"):
             asam.backward(closure, backward=through)
     assert_same(weights(model), before)
+
+
+def test_what_was_frozen_or_is_one_of_the_others_may_take_a_place():
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 1)]).double()
+    model[2].requires_grad_(False)
+    asam = ASAM(model)
+
+    def closure():
+        return model[2](model[1](model[0](torch.ones(3, 2, dtype=torch.float64)))).square().mean()
+
+    asam.backward(closure)
+    model[1].weight = model[0].weight  # tied
+    model[2].weight = nn.Parameter(torch.ones(1, 2, dtype=torch.float64), requires_grad=False)
+    asam.backward(closure)
 
 
 def test_an_added_parameter_is_not_perturbed():

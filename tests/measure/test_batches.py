@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import MutableMapping
 from types import MappingProxyType
 
 import numpy as np
@@ -51,6 +52,7 @@ def test_every_structure_keeps_its_type():
         "both": (rows(0, 8).view(4, 2), "name"),
         "array": np.arange(4),
         "names": ["a", "b", "c", "d"],
+        "size": (4, 4, 4, 4),  # of each
         "collated": ("a", "b", "c", "d"),  # as a DataLoader does it
         "one": ["a"],
         "model": model,
@@ -61,6 +63,7 @@ def test_every_structure_keeps_its_type():
     assert head["array"].tolist() == [0, 1, 2]
     assert last["names"] == ["d"]
     assert last["collated"] == ("d",)
+    assert last["size"] == (4, 4, 4, 4)
     assert head["one"] == last["one"] == ["a"]
     assert isinstance(head["pair"], Pair)
     assert torch.equal(head["pair"].x, rows(0, 3))
@@ -96,11 +99,30 @@ class Attributes(UserDict):
         return self.data[name]
 
 
-@pytest.mark.parametrize("kind", [dict, OrderedDict, Attributes, MappingProxyType])
+class Keeping(MutableMapping):
+    """A mapping that a shallow copy shares its contents with."""
+
+    def __init__(self, values):
+        self.values_ = values
+
+    __getitem__, __setitem__ = (
+        (lambda self, key: self.values_[key]),
+        (lambda self, key, v: self.values_.update({key: v})),
+    )
+    __delitem__, __iter__ = (lambda self, key: self.values_.pop(key)), (lambda self: iter(self.values_))
+    __len__ = lambda self: len(self.values_)  # noqa: E731
+
+
+class Frozen(dict):
+    def update(self, values):
+        raise RuntimeError("frozen")
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Attributes, MappingProxyType, Keeping, Frozen])
 def test_a_mapping_keeps_its_type_where_it_can(kind):
     batch = kind({"x": rows(0, 4), "y": rows(4, 8)})
     head, last = (group[0].batch for group in grouped(pieces_of([batch]), 3))
-    assert type(head) is type(last) is (dict if kind is MappingProxyType else kind)
+    assert type(head) is type(last) is (kind if kind in (dict, OrderedDict, Attributes) else dict)
     assert head["x"].tolist() == [0, 1, 2]
     assert last["y"].tolist() == [7]
     assert batch["x"].tolist() == [0, 1, 2, 3]

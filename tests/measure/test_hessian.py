@@ -287,6 +287,39 @@ def test_a_loss_without_a_second_derivative_is_refused(layers, message):
         hessian(Objective(model, loss_fn, [inputs])) @ torch.ones(sum(p.numel() for p in model.parameters()))
 
 
+def test_what_lies_before_the_measured_parameters_does_not_count():
+    body, head = nn.Linear(4, 3), nn.Linear(3, 2)
+    model, inputs = nn.ModuleList([body, head]), torch.randn(8, 4)
+
+    def loss_with(function):
+        return lambda model, x: model[1](function(model[0](x))).square().mean()
+
+    vector = torch.ones(head.weight.numel())
+    products = [
+        hessian(Objective(model, loss_with(function), [inputs], params=["1.weight"])) @ vector
+        for function in (Once.apply, torch.tanh)
+    ]
+    torch.testing.assert_close(*products)
+    with pytest.raises(ValueError, match="marked with @once_differentiable"):
+        hessian(Objective(model, loss_with(Once.apply), [inputs])) @ torch.ones(23)
+
+
+def test_a_backward_pass_that_fails_for_another_reason_says_so():
+    model = nn.Linear(4, 2)
+
+    def loss_fn(model, x):
+        out = model(x)
+        if broken:
+            out.register_hook(lambda grad: 1 / 0)
+        return out.square().mean()
+
+    broken = []
+    operator = hessian(Objective(model, loss_fn, [torch.randn(3, 4)]))
+    broken.append(1)
+    with pytest.raises(ZeroDivisionError):
+        operator @ torch.ones(10)
+
+
 def test_what_has_no_products_is_refused():
     model = nn.Linear(2, 1)
     objective = Objective(model, lambda model, x: model(x).square().mean(), [torch.ones(1, 2)])

@@ -261,6 +261,14 @@ def test_other_layers_of_the_same_shapes_are_refused(layer):
         interpolate(objective_of(model), other)
 
 
+def test_dropout_is_no_layer_in_evaluation():
+    model, other = mlp(), mlp()
+    for net in (model, other):
+        net.append(nn.Identity())
+    other[-1] = nn.Dropout(0.5)
+    assert interpolate(objective_of(model), other, points=2).values["loss"][1] == objective_of(other).loss()
+
+
 def test_parametrized_layers_are_the_same():
     model, other = (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))).double() for _ in range(2))
     line = interpolate(objective_of(model), other, points=2)

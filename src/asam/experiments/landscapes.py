@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from ..measure import LossLine, LossPlane, interpolate, loss_line, loss_plane, random_direction
+from ..measure.landscape import differing_layers
 from ..measure.page import landscape_page
 from ..measure.plots import log_ticks, plot_line, plot_plane, styles
 from . import InputError
@@ -74,7 +76,7 @@ def compute(targets: list[Target], points: int, span: float, seed: int, advance:
         planes[target.name] = loss_plane(objective, x, y, points=points, **spans)
         lines[target.name] = loss_line(objective, x, span=(-span, span), points=2 * points - 1)
     for (one, objective), (other, _) in pairwise(zip(targets, objectives, strict=True)):
-        if _shapes(one.model) == _shapes(other.model):
+        if _shapes(one.model) == _shapes(other.model) and not differing_layers(one.model, other.model):
             ways[f"{one.name} to {other.name}"] = interpolate(objective, other.model, points=points)
     return Slices(planes, lines, ways)
 
@@ -82,9 +84,11 @@ def compute(targets: list[Target], points: int, span: float, seed: int, advance:
 def save(slices: Slices, folder: Path) -> list[Path]:
     """Write the slices, their plots and the page in place of earlier ones; return the files.
 
-    All of them or, where that fails, none: then the earlier ones stay.
+    Where they cannot be made, the earlier ones stay.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".unfinished-*"):  # by a process that was killed
+        shutil.rmtree(left)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
         new = Path(unfinished)
         for kind, found in (("plane", slices.planes), ("line", slices.lines), ("way", slices.interpolations)):

@@ -103,7 +103,7 @@ def _run(path: Path, examples: int, normalize_logits: bool) -> Target:
     loss_fn = _normalized_loss if normalize_logits else _loss
     batches = first([(data.train.inputs, data.train.labels)], examples)
     # asam train calls each of its runs so, in a folder with a name
-    name = bare.absolute().parent.name if bare.name == "run" else bare.name
+    name = bare.resolve().parent.name if bare.name == "run" else bare.name
     return Target(name, model, loss_fn, batches, held_out, known_prior)
 
 

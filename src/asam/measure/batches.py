@@ -1,6 +1,7 @@
 """The data of a measurement: batches of any structure, counted and cut by examples."""
 
 import copy
+from collections import UserDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -94,7 +95,7 @@ def _is_array(value: Any) -> bool:
 
 
 def _cut(batch: Any, start: int, stop: int, size: int) -> Any:
-    """Examples ``start`` to ``stop``: arrays are cut, and lists and tuples of that length without any.
+    """Examples ``start`` to ``stop``: arrays are cut, and lists of that length without any, and tuples of strings.
 
     All else is shared.
     """
@@ -102,7 +103,8 @@ def _cut(batch: Any, start: int, stop: int, size: int) -> Any:
         return _with(batch, {key: _cut(value, start, stop, size) for key, value in batch.items()})
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(_cut(value, start, stop, size) for value in batch))
-    if isinstance(batch, tuple | list) and len(batch) == size and not list(_lengths(batch)):
+    texts = isinstance(batch, tuple) and all(isinstance(text, str) for text in batch)  # as a DataLoader puts them
+    if (texts or isinstance(batch, list)) and len(batch) == size and not list(_lengths(batch)):
         return batch[start:stop]
     if isinstance(batch, tuple | list):
         return type(batch)(_cut(value, start, stop, size) for value in batch)
@@ -111,13 +113,14 @@ def _cut(batch: Any, start: int, stop: int, size: int) -> Any:
 
 def _with(mapping: Mapping[Any, Any], values: dict[Any, Any]) -> Mapping[Any, Any]:
     """A mapping of that type, whose values may be its attributes too, with other values."""
-    try:
-        changed: Any = copy.copy(mapping)
-        for key, value in values.items():
-            changed[key] = value
-    except TypeError:  # it is read-only
+    if not isinstance(mapping, dict | UserDict):  # a copy might share what it keeps with the original
         return values
-    return changed  # type: ignore[no-any-return]
+    changed = copy.copy(mapping)
+    try:
+        changed.update(values)
+    except Exception:  # it takes no other values, or not one by one
+        return values
+    return changed
 
 
 def first(data: Iterable[Any], examples: int) -> list[Any]:

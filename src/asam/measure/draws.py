@@ -17,7 +17,7 @@ class RandomStates:
     def __init__(self, devices: set[torch.device]) -> None:
         self._torch, self._python = RandomState(devices), random.getstate()
         numpy = sys.modules.get("numpy.random")
-        self._numpy = None if numpy is None else numpy.get_state()
+        self._numpy = None if numpy is None else numpy.get_state(legacy=False)
 
     def restore(self) -> None:
         """Let the generators draw again what they drew from here on."""

@@ -1,5 +1,6 @@
 """Evaluate a model at w + e, again and again, and leave no trace."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from numbers import Real
@@ -14,6 +15,8 @@ from ..perturbation import Buffers, copies, forget_weights
 from .batches import Piece
 from .draws import RandomStates
 
+# What torch says where it cannot differentiate; all else that goes wrong in a backward pass is not about that.
+_NO_DERIVATIVE = re.compile(r"derivative|differentiat|double backward|reentrant")
 # What every backward pass runs that is marked so.
 _ONCE = once_differentiable(lambda ctx: None).__code__
 
@@ -127,9 +130,9 @@ class Evaluation:
                 loss, _ = self._call(piece)
                 try:
                     grads = torch.autograd.grad(loss, self._params, allow_unused=True)
-                except torch.OutOfMemoryError:
-                    raise
                 except RuntimeError as error:
+                    if not _NO_DERIVATIVE.search(str(error)):
+                        raise
                     raise ValueError(f"the loss has no gradient: {_first_line(error)}") from error
                 if require_use and all(grad is None for grad in grads):
                     raise ValueError(
@@ -160,7 +163,7 @@ class Evaluation:
             for piece in pieces:
                 loss, _ = self._call(piece)
                 if look:
-                    _check_twice_differentiable(loss)
+                    _check_twice_differentiable(loss, self._params)
                     look = False
                 grads = _differentiated([loss], self._params)
                 for total, row in zip(totals, rows, strict=True):
@@ -231,25 +234,34 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
-def _check_twice_differentiable(loss: Tensor) -> None:
-    """Raise if a function in the graph of the loss has a backward pass that autograd does not follow.
+def _check_twice_differentiable(loss: Tensor, params: Sequence[Tensor]) -> None:
+    """Raise if a function between the parameters and the loss has a backward pass that autograd does not follow.
 
     Autograd itself raises only where the parameters before that function have a part in its gradient: where they have
     none, their second derivatives would be taken for 0.
     """
-    nodes, seen = [loss.grad_fn], set()
+    measured = {id(param) for param in params}
+    users: dict[Any, list[Any]] = {loss.grad_fn: []}
+    reached, nodes = [], [loss.grad_fn]
     while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
+        node: Any = nodes.pop()
+        if id(getattr(node, "variable", None)) in measured:
+            reached.append(node)
+        for following, _ in getattr(node, "next_functions", ()):
+            if following is not None and following not in users:
+                nodes.append(following)
+            users.setdefault(following, []).append(node)
+    seen = set(reached)
+    while reached:
+        node = reached.pop()
         function = getattr(node, "_forward_cls", None)
         if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
             name = getattr(function, "__name__", "a function")
             raise NoSecondDerivative(
                 f"the loss has no second derivative: the backward pass of {name} is marked with @once_differentiable"
             )
-        nodes += [following for following, _ in node.next_functions]
+        reached += [user for user in users[node] if user not in seen]
+        seen.update(users[node])
 
 
 def _differentiated(
@@ -260,9 +272,9 @@ def _differentiated(
         return torch.autograd.grad(
             outputs, params, weights, retain_graph=True, create_graph=weights is None, allow_unused=True
         )
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if not _NO_DERIVATIVE.search(str(error)):
+            raise
         raise NoSecondDerivative(f"the loss has no second derivative: {_first_line(error)}") from error
 
 

@@ -8,6 +8,7 @@ grid contains 0, where the loss is that of w exactly; nan and inf stay in the da
 import io
 import math
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -201,8 +202,8 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
     """
     check_objective(objective)
     check_count("points", points, 2)
-    if isinstance(other, nn.Module):
-        _check_same_layers(objective.model, other)
+    if isinstance(other, nn.Module) and (difference := differing_layers(objective.model, other)):
+        raise ValueError(f"the models differ in {difference}")
     end = _state(other)
     for name, param in objective.model.named_parameters():
         if name not in objective.params and not torch.equal(_entry(end, name, param), param):
@@ -219,14 +220,17 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
     return LossLine(positions, _stacked(means))
 
 
-def _check_same_layers(model: nn.Module, other: nn.Module) -> None:
+def differing_layers(model: nn.Module, other: nn.Module) -> str | None:
+    """In words, the first layer that is of another kind in the other model; dropout is none in evaluation."""
     # by name: each parametrized layer is of a class of its own
-    layers, others = ({name: type(module).__name__ for name, module in net.named_modules()} for net in (model, other))
+    layers, others = (
+        {name: re.sub(r".*Drop(out|Path).*", "Identity", type(module).__name__) for name, module in net.named_modules()}
+        for net in (model, other)
+    )
     for name, kind in layers.items():
         if name and others.get(name, "nothing") != kind:
-            raise ValueError(
-                f"the models differ in {name!r}: {kind} in the one, {others.get(name, 'nothing')} in the other"
-            )
+            return f"{name!r}: {kind} in the one, {others.get(name, 'nothing')} in the other"
+    return None
 
 
 def _vector(objective: Objective, direction: Direction) -> Tensor:
