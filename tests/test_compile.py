@@ -118,7 +118,8 @@ def test_against_the_momentum():
 
 
 @pytest.mark.slow
-def test_more_geometries_than_torch_allows_code_for_run_as_they_are():
+def test_more_geometries_than_torch_allows_code_for_run_as_they_are(monkeypatch):
+    monkeypatch.setattr("asam.blocks.COMPILED_BLOCK", WIDE**2)  # of a second slice there would be a second code
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     with torch._dynamo.config.patch({limit: 1}):
         assert_compiled_is_eager(network()[-1:], bias="fixed")
