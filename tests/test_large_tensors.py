@@ -5,7 +5,7 @@ import torch
 from slow_reference import assert_near, assert_same, gradients, maximizer, weights
 from torch import nn
 
-from asam import ASAM, Momentum
+from asam import ASAM, Geometry, Momentum
 
 RHO = 0.3
 LARGE = 20_000  # elements; a tensor of more than 2**14 lies beside no others
@@ -90,3 +90,12 @@ def test_against_a_momentum(normalization):
     ASAM(model, rho=RHO, normalization=normalization, direction=Momentum(optimizer)).backward(closure)
     e = maximizer(before, {"0.weight": momentum}, RHO, normalization=normalization)
     assert_near(there[0], {"0.weight": before["0.weight"] - e["0.weight"]})
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_blocks_of_an_accelerator_are_larger(device):
+    # there they bound the scratch memory, on the CPU they fit a cache; a tensor on "meta" takes no memory
+    w = torch.empty(2**13, 2**12, device="meta") if device == "meta" else torch.ones(2**9, 2**8)
+    with torch.no_grad():
+        sizes = [block.targets[0].numel() for block in Geometry().blocks(["w"], [w], [torch.empty_like(w)], 0.1)]
+    assert sizes == [2**24] * 2 if device == "meta" else [2**16] * 2
