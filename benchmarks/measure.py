@@ -46,7 +46,7 @@ def settle() -> None:
 
 
 def in_a_process_of_its_own(call: Callable[[], Any]) -> Any:
-    """What the call returns, in a fork of this process: where memory has been in use before, all is slower by 15 %."""
+    """What the call returns, in a fork of this process: in memory that was in use before, all is slower."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as process:
         return process.submit(call).result()
 

@@ -285,10 +285,10 @@ def test_an_optimizer_that_leaves_its_state_to_another_is_told_of_once():
     training = Training("the optimizer's momentum", base=Around)
     for step in range(10):
         training.step(step)
-    with pytest.warns(
-        UserWarning, match=r"^in 10 steps nothing was perturbed: Around keeps no momentum to climb against"
-    ):
-        training.step(10)
+    told = r"^in 10 steps nothing was perturbed: Around keeps no momentum to climb against"
+    with pytest.warns(UserWarning, match=told) as warned:
+        training.asam.backward(lambda: training.loss(10))
+    assert warned[0].filename == __file__
     for step in range(11, 30):
         training.step(step)
 

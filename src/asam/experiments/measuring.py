@@ -21,7 +21,7 @@ from ..measure import (
     trace,
     worst_case_sharpness,
 )
-from ..measure.evaluation import NoSecondDerivative
+from ..measure.derivatives import NoSecondDerivative
 from ..measure.hessian import HessianOperator
 from . import InputError
 from .environment import environment

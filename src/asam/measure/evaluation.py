@@ -1,6 +1,5 @@
 """Evaluate a model at w + e, again and again, and leave no trace."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from numbers import Real
@@ -8,21 +7,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..perturbation import Buffers, copies, forget_weights
 from .batches import Piece
+from .derivatives import check_twice_differentiable, differentiated, why_there_is_none
 from .draws import RandomStates
-
-# What torch says where it cannot differentiate; all else that goes wrong in a backward pass is not about that.
-_NO_DERIVATIVE = re.compile(r"derivative|differentiat|double backward|reentrant")
-# What every backward pass runs that is marked so.
-_ONCE = once_differentiable(lambda ctx: None).__code__
-
-
-class NoSecondDerivative(ValueError):  # noqa: N818
-    """The loss has a gradient that cannot be differentiated."""
 
 
 class Evaluation:
@@ -131,9 +121,9 @@ class Evaluation:
                 try:
                     grads = torch.autograd.grad(loss, self._params, allow_unused=True)
                 except RuntimeError as error:
-                    if not _NO_DERIVATIVE.search(str(error)):
-                        raise
-                    raise ValueError(f"the loss has no gradient: {_first_line(error)}") from error
+                    if reason := why_there_is_none(error):
+                        raise ValueError(f"the loss has no gradient: {reason}") from error
+                    raise
                 if require_use and all(grad is None for grad in grads):
                     raise ValueError(
                         "the loss depends on none of the parameters: loss_fn must use the model it is given"
@@ -163,14 +153,14 @@ class Evaluation:
             for piece in pieces:
                 loss, _ = self._call(piece)
                 if look:
-                    _check_twice_differentiable(loss, self._params)
+                    check_twice_differentiable(loss, self._params)
                     look = False
-                grads = _differentiated([loss], self._params)
+                grads = differentiated([loss], self._params)
                 for total, row in zip(totals, rows, strict=True):
                     used = [(g, v) for g, v in zip(grads, row, strict=True) if g is not None and g.requires_grad]
                     if used:
                         outputs, weights = zip(*used, strict=True)
-                        second = _differentiated(outputs, self._params, weights)
+                        second = differentiated(outputs, self._params, weights)
                     else:  # the loss is linear in the parameters
                         second = (None,) * len(self._params)
                     _accumulate(total, second, piece.size / examples)
@@ -228,54 +218,6 @@ class Evaluation:
 
     def _restore_buffers(self) -> None:
         self._between.restore(versions=False)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-def _check_twice_differentiable(loss: Tensor, params: Sequence[Tensor]) -> None:
-    """Raise if a function between the parameters and the loss has a backward pass that autograd does not follow.
-
-    Autograd itself raises only where the parameters before that function have a part in its gradient: where they have
-    none, their second derivatives would be taken for 0.
-    """
-    measured = {id(param) for param in params}
-    users: dict[Any, list[Any]] = {loss.grad_fn: []}
-    reached, nodes = [], [loss.grad_fn]
-    while nodes:
-        node: Any = nodes.pop()
-        if id(getattr(node, "variable", None)) in measured:
-            reached.append(node)
-        for following, _ in getattr(node, "next_functions", ()):
-            if following is not None and following not in users:
-                nodes.append(following)
-            users.setdefault(following, []).append(node)
-    seen = set(reached)
-    while reached:
-        node = reached.pop()
-        function = getattr(node, "_forward_cls", None)
-        if getattr(getattr(function, "backward", None), "__code__", None) is _ONCE:
-            name = getattr(function, "__name__", "a function")
-            raise NoSecondDerivative(
-                f"the loss has no second derivative: the backward pass of {name} is marked with @once_differentiable"
-            )
-        reached += [user for user in users[node] if user not in seen]
-        seen.update(users[node])
-
-
-def _differentiated(
-    outputs: Sequence[Tensor], params: Sequence[Tensor], weights: Sequence[Tensor] | None = None
-) -> tuple[Tensor | None, ...]:
-    """A gradient that can be differentiated, or the product of its derivative with the weights; the graph is kept."""
-    try:
-        return torch.autograd.grad(
-            outputs, params, weights, retain_graph=True, create_graph=weights is None, allow_unused=True
-        )
-    except RuntimeError as error:
-        if not _NO_DERIVATIVE.search(str(error)):
-            raise
-        raise NoSecondDerivative(f"the loss has no second derivative: {_first_line(error)}") from error
 
 
 def all_of(params: Sequence[Tensor]) -> Tensor:

@@ -114,7 +114,7 @@ def _surface_plot(plane: LossPlane, z: list[list[float | None]], low: float, hig
         contours={
             "z": {
                 "show": True,
-                "color": "rgba(15, 23, 42, 0.45)",  # of the colors, plotly would take those of this surface's own range
+                "color": "rgba(15, 23, 42, 0.45)",  # usecolormap gave a flat surface those of the highest color
                 "project": {"z": True},
                 "start": low,
                 "end": high,
