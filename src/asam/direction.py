@@ -197,7 +197,8 @@ class Momentum:
             ``torch.no_grad()``: in the first call and then every so many calls. Models without any do without it. A
             closure that takes gradients itself does so under ``torch.enable_grad()``.
 
-    Before there is a momentum, e = 0; where ten steps leave none in the optimizer's state, a warning says so. rho is larger than that of a gradient: 2 to 10 times.
+    Before there is a momentum, e = 0; where ten steps leave none in the optimizer's state, a warning says so. rho is
+    larger than that of a gradient: 2 to 10 times.
 
     Raises:
         ValueError, TypeError: an argument is not one of the above.
