@@ -7,7 +7,16 @@ import torch
 from slow_reference import assert_same, shapes_problem, weights
 from torch import nn
 
-from asam import ASAM, SAM, Geometry, Momentum, SharpnessAwareOptimizer, norm_parameters, weight_parameters
+from asam import (
+    ASAM,
+    SAM,
+    Geometry,
+    Gradient,
+    Momentum,
+    SharpnessAwareOptimizer,
+    norm_parameters,
+    weight_parameters,
+)
 
 NUMBERS = [("a string", TypeError, "str"), (None, TypeError, "NoneType"), (True, TypeError, "bool")]
 RHO = [*NUMBERS, (torch.tensor(0.5), TypeError, "Tensor"), (-0.1, ValueError, "-0.1")]
@@ -187,6 +196,29 @@ def test_a_closure_that_calls_backward_itself(way, retain_graph):
     asam.backward(closure)
 
 
+OUTSIDE = [
+    (lambda model, optimizer: ASAM(model), ""),
+    (lambda model, optimizer: ASAM(model, direction=Gradient(mean=-1.0)), ""),
+    (lambda model, optimizer: ASAM(model, direction=Momentum()), ", at w, or the closure changes it in place"),
+    (lambda model, optimizer: ASAM(model, direction=Momentum(optimizer)), ", at w, or the closure changes it in place"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), OUTSIDE)
+def test_outputs_that_were_computed_outside_the_closure(make, message):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    asam = make(model, optimizer)
+    asam.backward(lambda: model(torch.ones(2, 3)).square().mean())
+    optimizer.step()
+    before = weights(model)
+    outputs = model(torch.ones(2, 3))
+    told = rf"^part of the loss's graph was made outside the closure{message}: compute the model's outputs in"
+    with pytest.raises(RuntimeError, match=told):
+        asam.backward(lambda: outputs.square().mean())
+    assert_same(weights(model), before)
+
+
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_a_closure_may_clear_the_gradients(set_to_none):
     model, closure = shapes_problem()
@@ -254,7 +286,7 @@ def test_replay_needs_backward():
     model, closure = shapes_problem()
     closure().backward()
     with (
-        pytest.raises(RuntimeError, match=r"^replay_rng=True needs the whole step: call backward\(closure\)"),
+        pytest.raises(RuntimeError, match=r"^replay_rng=True needs the whole step, which only backward\(closure\)"),
         ASAM(model, replay_rng=True).perturbed(),
     ):
         raise AssertionError("the block must not run")
@@ -269,7 +301,14 @@ def test_optimizer_arguments():
         SharpnessAwareOptimizer(asam, torch.optim.SGD)
     with pytest.raises(TypeError, match=r"^base_optimizer must take its step from the gradient, got LBFGS"):
         SharpnessAwareOptimizer(asam, torch.optim.LBFGS(model.parameters()))
+    for more in ({"direction": Momentum()}, {"combine": lambda *products: (0, 1)}, {"replay_rng": True}):
+        with pytest.raises(RuntimeError, match=rf"^{next(iter(more))}.* needs the whole step, which only backward"):
+            SharpnessAwareOptimizer(ASAM(model, rho=0, **more), base)
     ours = SharpnessAwareOptimizer(asam, base)
+    model.weight.grad = torch.ones(1, 2)
+    with pytest.raises(TypeError, match=r"^step\(\) takes a closure, got Tensor: write step\(lambda: ...\)$"):
+        ours.step(torch.ones(()))
+    assert model.weight.grad is not None
     with pytest.raises(TypeError, match=r"^base_optimizer must .*, got SharpnessAwareOptimizer"):
         SharpnessAwareOptimizer(asam, ours)
     with pytest.raises(RuntimeError, match=r"^step\(\) needs a closure .*step the base optimizer instead$"):

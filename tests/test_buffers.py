@@ -182,6 +182,21 @@ def test_replay_gives_both_passes_the_same_mask(backward):
     assert torch.equal(torch.get_rng_state(), after_one_pass)
 
 
+def test_replay_of_a_part_leaves_no_number_to_be_drawn_twice():
+    weight = nn.Parameter(torch.ones(64))
+    model, drawn = nn.ParameterList([weight]), []
+
+    def loss(count):
+        drawn.append(torch.rand(count))
+        return (weight[:count] * drawn[-1]).sum()
+
+    asam = ASAM(model, replay_rng=True)
+    for _ in range(3):
+        asam.backward(lambda: loss(64), ascent=lambda: loss(16))
+    assert all(torch.equal(ascent, descent[:16]) for ascent, descent in zip(drawn[::2], drawn[1::2], strict=True))
+    assert len(torch.cat(drawn[1::2]).unique()) == 3 * 64
+
+
 def test_without_replay_the_mask_is_drawn_anew():
     model = Dropping()
     torch.manual_seed(5)

@@ -209,17 +209,40 @@ def test_rho_zero_is_one_plain_pass():
     assert_same(gradients(training.model), g)
 
 
-@pytest.mark.parametrize("returned", [1.0, [0.0, 1.0], (1.0,), (1, 2, 3), None, ("1", 1.0), (0.0, None)])
+@pytest.mark.parametrize("returned", [1.0, [0.0, 1.0], (1.0,), (1, 2, 3), None, ("1", 1.0), (0.0, None), (0, 1j)])
 def test_combine_returns_two_coefficients(returned):
     training = Training(combine=lambda *_: returned)
     training.loss(1).backward()
     before, earlier = weights(training.model), gradients(training.model)
     with pytest.raises(
-        TypeError, match=r"^combine must return (two coefficients \(c0, c1\)|numbers or scalar tensors), got "
+        TypeError, match=r"^combine must return (two coefficients \(c0, c1\)|numbers or scalar tensors), got (\d of|\w)"
     ):
         training.asam.backward(lambda: training.loss(0))
     assert_same(weights(training.model), before)
     assert_same(gradients(training.model), earlier)
+
+
+def test_combine_returns_real_numbers():
+    training = Training(combine=lambda *_: (torch.tensor(1j), 1.0))
+    with pytest.raises(TypeError, match=r"^combine must return real numbers, got torch\.complex64$"):
+        training.asam.backward(lambda: training.loss(0))
+
+
+@pytest.mark.parametrize("sparse", [(True, True), (True, False), (False, True)])
+def test_what_a_layer_that_is_left_out_had_in_grad_is_added_to(sparse):
+    # sparse, dense, or one after the other, as autograd adds them
+    model = nn.ModuleDict({"rows": nn.Embedding(4, 2, sparse=True), "head": nn.Linear(2, 1)})
+    asam, rows = ASAM(model, params=["head.weight"], combine=lambda *_: (0.0, 1.0)), torch.tensor([1, 3])
+
+    def step(sparse):
+        asam.backward(lambda: model["head"](model["rows"](rows) if sparse else model["rows"].weight[rows]).exp().mean())
+
+    step(True)
+    once = model["rows"].weight.grad.to_dense()
+    model.zero_grad()
+    for each in sparse:
+        step(each)
+    torch.testing.assert_close(model["rows"].weight.grad.to_dense(), 2 * once)
 
 
 @pytest.mark.parametrize("make", [ASAM, SAM])
@@ -237,7 +260,7 @@ def test_arguments(make):
 def test_it_needs_the_whole_step():
     training, calls = Training(combine=weighted), []
     training.loss(0).backward()
-    message = r"^combine needs the whole step: call backward\(closure\) instead of perturbed\(\)$"
+    message = r"^combine needs the whole step, which only backward\(closure\) takes$"
     with pytest.raises(RuntimeError, match=message), training.asam.perturbed():
         raise AssertionError("the block must not run")
     with pytest.raises(RuntimeError, match=message):

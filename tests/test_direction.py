@@ -205,7 +205,7 @@ def test_what_needs_the_whole_step_says_so(direction):
     training.step(0)
     before = weights(training.model)
     training.loss(0).backward()
-    message = r"^direction=(Gradient|Momentum)\(.*\) needs the whole step: call backward\(closure\) instead"
+    message = r"^direction=(Gradient|Momentum)\(.*\) needs the whole step, which only backward\(closure\) takes"
     with pytest.raises(RuntimeError, match=message), training.asam.perturbed():
         raise AssertionError("the block must not run")
     calls = []

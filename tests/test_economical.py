@@ -166,6 +166,7 @@ BAD = [
     ("statistics_every", 0, ValueError, "an integer >= 1, got 0"),
     ("optimizer", "SGD", TypeError, "a torch.optim.Optimizer, got str"),
     ("eta", -1.0, ValueError, "a finite number >= 0, got -1.0"),
+    ("params", 0, TypeError, "an iterable of names or parameters, got int"),
     ("params", "0.weight", TypeError, "an iterable of names or parameters, got a single str"),
 ]
 

@@ -229,6 +229,22 @@ def test_half_precision_is_remembered_in_float32(direction, dtype):
     assert_same(weights(training.model), before)
 
 
+@pytest.mark.parametrize("direction", REMEMBERING)
+def test_a_memory_that_was_saved_in_half_precision_goes_on_in_float32(direction):
+    training = Training(direction, dtype=torch.float32)
+    training.step(0)
+    state = training.asam.state_dict()
+    training.asam.load_state_dict({**state, "mean": {name: m.bfloat16() for name, m in state["mean"].items()}})
+    assert all(value.dtype == torch.float32 for value in training.memory().values())
+    training.step(1)
+
+
+@pytest.mark.parametrize("weight", [0, -1.0])
+def test_a_gradient_alone_must_be_climbed(weight):
+    with pytest.raises(ValueError, match=rf"^weight must be a number > 0 where mean is 0, got {weight}$"):
+        Gradient(weight)
+
+
 @pytest.mark.parametrize("way", ["a plain pass", "gradient", "momentum"])
 def test_with_rho_zero_momentum_remembers_and_a_gradient_rests(way):
     training = Training({"gradient": "away from the mean", "momentum": "own momentum"}.get(way), rho=0.0)

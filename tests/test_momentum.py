@@ -243,7 +243,9 @@ def test_a_group_that_is_added_later_is_climbed_once_it_has_momentum():
     head = list(training.model.head.parameters())
     optimizer = torch.optim.SGD([p for n, p in training.model.named_parameters() if "head" not in n], 0.1, 0.9)
     training.optimizer, training.asam = optimizer, ASAM(training.model, rho=0.3, direction=Momentum(optimizer))
-    training.step(0)
+    message = r"^parameters stay at w, such as 'head\.weight' \(2 of 7\): SGD does not hold them, or holds them with mo"
+    with pytest.warns(UserWarning, match=message):
+        training.step(0)
     moved = []
     for step in range(1, 4):
         if step == 2:
@@ -279,6 +281,40 @@ def test_an_optimizer_without_momentum(base):
     training.asam.rho = 0.0
     training.step(2)
     assert not torch.equal(training.model.head.weight, before["head.weight"])
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_parameters_that_the_optimizer_has_no_momentum_for_are_told_of_once(held):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+    groups = [{"params": model[0].parameters()}]
+    groups += [{"params": model[1].parameters(), "momentum": 0.0}] if held else []
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9)
+    asam = EconomicalASAM(model, steps=9, optimizer=optimizer)
+    told = (
+        r"^parameters stay at w, such as '1\.weight' \(2 of 4\): SGD does not hold them, or holds them with momentum=0$"
+    )
+    with pytest.warns(UserWarning, match=told) as warned:
+        asam.backward(lambda: model(torch.ones(2, 3)).square().mean())
+    assert [warning.filename for warning in warned] == [__file__]
+    optimizer.step()
+    asam.backward(lambda: model(torch.ones(2, 3)).square().mean())  # another warning would be an error
+
+
+def test_frozen_parameters_that_the_optimizer_does_not_hold_are_no_news():
+    model = nn.Sequential(nn.Linear(3, 4).requires_grad_(False), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model[1].parameters(), lr=0.01, momentum=0.9)
+    asam = ASAM(model, direction=Momentum(optimizer))  # a warning would be an error
+    asam.backward(lambda: model(torch.ones(2, 3)).square().mean())
+    optimizer.step()
+    assert asam.loss_at == "w"
+
+
+def test_a_loss_that_depends_on_no_parameter_is_refused():
+    training = Training("the optimizer's momentum")
+    training.step(0)
+    other = torch.ones((), requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"^no perturbed parameter has a gradient"):
+        training.asam.backward(lambda: other * 2)
 
 
 def test_an_optimizer_that_leaves_its_state_to_another_is_told_of_once():
@@ -328,7 +364,7 @@ def test_an_ascent_of_its_own_is_of_no_account():
 def test_an_optimizer_that_trains_another_model_is_refused():
     model, other = nn.Linear(3, 1), nn.Linear(3, 1)
     asam = ASAM(model, direction=Momentum(torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)))
-    with pytest.raises(RuntimeError, match=r"^SGD holds none of the parameters that are perturbed"):
+    with pytest.raises(RuntimeError, match=r"^SGD has no momentum for any of the parameters that are perturbed"):
         asam.backward(lambda: model(torch.ones(2, 3)).sum())
 
 

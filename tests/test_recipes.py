@@ -41,9 +41,9 @@ class Training:
         self.inputs = torch.randn(STEPS, BATCH, 6)
         self.targets = (self.inputs[..., 0] > 0).long() + (self.inputs[..., 1] > 0.5).long()
 
-    def run(self, code):
+    def run(self, code, loader=None):
         names = {name: getattr(asam, name) for name in asam.__all__}
-        loader = list(zip(self.inputs, self.targets, strict=True))
+        loader = loader or list(zip(self.inputs, self.targets, strict=True))
         if "epochs" in code:  # the same steps in two epochs
             loader = loader[: STEPS // 2]
         names |= {"model": self.model, "optimizer": self.optimizer, "loader": loader, "torch": torch, "epochs": 2}
@@ -77,6 +77,26 @@ def test_a_recipe_learns_in_the_passes_of_the_table(recipe):
     else:
         assert passes == float(PASSES[recipe])
     assert training.loss() < 0.8 * before
+
+
+def test_a_part_of_a_short_batch_is_something_to_climb_on():
+    training = Training()
+    training.run(CODE["Sub-batch ascent"], [(training.inputs[0, :3], training.targets[0, :3])])
+    assert training.model.seen == 2 + 3
+    assert all(weight.isfinite().all() for weight in weights(training.model).values())
+
+
+def test_the_switch_goes_on_after_a_gradient_that_is_not_finite():
+    training = Training()
+
+    def skip(optimizer, *_):
+        for param in training.model.parameters():
+            param.grad.nan_to_num_(0, 0, 0)
+
+    training.optimizer.register_step_pre_hook(skip)
+    training.inputs[3] = torch.nan
+    passes = training.run(CODE["Gradient-norm switch"])
+    assert 1.1 < passes < 2
 
 
 def test_recipes_are_different_trainings():

@@ -1,6 +1,8 @@
 """Checks of arguments: an error names the argument, what it takes and what it got."""
 
 import math
+import sys
+import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
 
@@ -30,3 +32,11 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise unless the value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def warn(message: str) -> None:
+    """Warn, at the line that has called this library."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "contextlib")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -1,6 +1,7 @@
 """What the user hands over: closures that compute a loss, checked where they are run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -93,17 +94,35 @@ def descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | Non
     losses = []
     for closure in closures:
         loss = loss_of(closure)
-        if backward is None:
-            torch.autograd.backward(loss)
-        else:
-            # a loss of shape (1,) is a scalar too
-            handle = loss.register_hook(lambda unit: units.append(unit.detach().reshape(())))  # type: ignore[no-untyped-call]
-            try:
-                backward(loss)
-            finally:
-                handle.remove()  # a parameter that is the loss itself lives on
+        with own_graph():
+            if backward is None:
+                torch.autograd.backward(loss)
+            else:
+                # a loss of shape (1,) is a scalar too
+                handle = loss.register_hook(lambda unit: units.append(unit.detach().reshape(())))  # type: ignore[no-untyped-call]
+                try:
+                    backward(loss)
+                finally:
+                    handle.remove()  # a parameter that is the loss itself lives on
         losses.append(loss.detach())
     return total(losses)
+
+
+@contextmanager
+def own_graph() -> Iterator[None]:
+    """Say what it most likely means here where a graph was used before, or is older than w + e."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            found = "part of the loss's graph was made outside the closure"
+        elif "modified by an inplace operation" in str(error):
+            found = "part of the loss's graph was made outside the closure, at w, or the closure changes it in place"
+        else:
+            raise
+        raise RuntimeError(
+            f"{found}: compute the model's outputs in the closure, which is called at w and at w + e"
+        ) from error
 
 
 def unit_of(units: Sequence[Tensor]) -> Tensor:

@@ -47,10 +47,13 @@ def combine_(
         squares = (products[0] / unit0**2).clamp(min=least), (products[2] / unit1**2).clamp(min=least)
         coefficients = combine(squares[0], products[1] / (unit0 * unit1), squares[1])
         if not isinstance(coefficients, tuple) or len(coefficients) != 2:
-            raise TypeError(f"combine must return two coefficients (c0, c1), got {type(coefficients).__name__}")
+            got = f"{len(coefficients)} of them" if isinstance(coefficients, tuple) else type(coefficients).__name__
+            raise TypeError(f"combine must return two coefficients (c0, c1), got {got}")
         for coefficient in coefficients:
             if not isinstance(coefficient, Tensor | Real):
                 raise TypeError(f"combine must return numbers or scalar tensors, got {type(coefficient).__name__}")
+            if isinstance(coefficient, Tensor) and coefficient.is_complex():
+                raise TypeError(f"combine must return real numbers, got {coefficient.dtype}")
             if isinstance(coefficient, Tensor) and coefficient.numel() != 1:
                 raise ValueError(f"combine must return scalar tensors, got shape {tuple(coefficient.shape)}")
         c0, c1 = (torch.as_tensor(c, dtype=products.dtype, device=products.device).reshape(()) for c in coefficients)

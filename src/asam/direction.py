@@ -8,7 +8,6 @@ A maximizer depends on the direction of d alone, so d needs no bias correction a
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .checks import check_count, check_number
+from .checks import check_count, check_number, warn
 from .closures import unit_of
 from .kernels import HALF, wide
 from .sharding import groups, local, summed, widest
@@ -92,7 +91,7 @@ class Mean:
                 )
             if not value.is_floating_point():
                 raise TypeError(f"state_dict has a mean of {value.dtype} for {name!r}, not of a floating-point type")
-        self.values = {name: value.detach().to(params[name].device, copy=True) for name, value in values.items()}
+        self.values = {name: wide(value.detach()).to(params[name].device, copy=True) for name, value in values.items()}
         self._empty = None
 
 
@@ -120,10 +119,10 @@ class Gradient:
     """Climb the gradient at w, with a mean of earlier ones: ``d = weight g + mean m``.
 
     After it, ``m <- decay m + (1 - decay) g``. Where there is no m yet, d = g, which then is m. With ``mean=0``, the
-    default, nothing is remembered.
+    default, nothing is remembered. While rho is 0 there is no pass at w, and m stays as it is.
 
     Args:
-        weight, mean: the two coefficients, finite numbers.
+        weight, mean: the two coefficients, finite numbers; ``weight`` > 0 where ``mean`` is 0, and of no effect then.
         decay: of the exponential mean, >= 0 and < 1.
 
     Friendly SAM (arXiv:2403.12350) removes the mean: ``Gradient(mean=-sigma, decay=lmbda)``. VaSSO (arXiv:2309.15639)
@@ -145,6 +144,8 @@ class Gradient:
     def __init__(self, weight: float = 1.0, mean: float = 0.0, decay: float = 0.9) -> None:
         for name, value in (("weight", weight), ("mean", mean)):
             check_number(name, value, "a finite number", math.isfinite)
+        if mean == 0 and weight <= 0:
+            raise ValueError(f"weight must be a number > 0 where mean is 0, got {weight}")
         self.weight, self.mean = float(weight), float(mean)
         self._memory = Mean(decay)
 
@@ -197,8 +198,9 @@ class Momentum:
             ``torch.no_grad()``: in the first call and then every so many calls. Models without any do without it. A
             closure that takes gradients itself does so under ``torch.enable_grad()``.
 
-    Before there is a momentum, e = 0; where ten steps leave none in the optimizer's state, a warning says so. rho is
-    larger than that of a gradient: 2 to 10 times.
+    Before there is a momentum, e = 0; where ten steps leave none in the optimizer's state, a warning says so. The
+    momentum of a parameter is climbed also in a step whose loss does not use it. rho is larger than that of a gradient:
+    2 to 10 times.
 
     Raises:
         ValueError, TypeError: an argument is not one of the above.
@@ -224,6 +226,7 @@ class Momentum:
         self._memory = Mean(decay)
         self.statistics_every = statistics_every
         self._calls = 0
+        self._looked = False  # at what the optimizer holds
         self._without = 0  # steps that left no momentum
         self._versions: int | None = None  # of the weights, after the last of them
 
@@ -240,7 +243,7 @@ class Momentum:
         """The momentum of each parameter, the tensors themselves, None where there is none yet.
 
         Raises:
-            RuntimeError: the optimizer keeps no momentum, holds none of the parameters, or keeps one of another shape.
+            RuntimeError: the optimizer keeps no momentum, none for these parameters, or one of another shape.
         """
         if self._optimizer is None:
             return [self._memory.values.get(name) for name in params]
@@ -252,18 +255,29 @@ class Momentum:
                     f"{type(self._optimizer).__name__} keeps a momentum of shape {tuple(value.shape)}, {value.layout}, "
                     f"for {name!r} of shape {tuple(param.shape)}: use Momentum() with a memory of its own"
                 )
-        if all(value is None for value in found):
-            held = {param for group in self._optimizer.param_groups for param in group["params"]}
-            if held.isdisjoint(params.values()):
-                raise RuntimeError(
-                    f"{type(self._optimizer).__name__} holds none of the parameters that are perturbed: give Momentum "
-                    "the optimizer that trains this model"
-                )
+        if not self._looked:
+            self._look_at_groups(self._optimizer, params)
+            self._looked = True
         if all(value is None for value in found):
             if any(states):
                 raise RuntimeError(_NO_MOMENTUM.format(type(self._optimizer).__name__))
             self._count(params)
         return found
+
+    def _look_at_groups(self, optimizer: Optimizer, params: Mapping[str, Tensor]) -> None:
+        """Raise if the optimizer has no momentum for any of these parameters, warn if it has none for some."""
+        moving = {param for group in optimizer.param_groups if group.get("momentum") != 0 for param in group["params"]}
+        if moving.isdisjoint(params.values()):
+            raise RuntimeError(
+                f"{type(optimizer).__name__} has no momentum for any of the parameters that are perturbed: give "
+                "Momentum the optimizer that trains this model"
+            )
+        still = [name for name, param in params.items() if param.requires_grad and param not in moving]
+        if still:
+            warn(
+                f"parameters stay at w, such as {still[0]!r} ({len(still)} of {len(params)}): "
+                f"{type(optimizer).__name__} does not hold them, or holds them with momentum=0"
+            )
 
     def _count(self, params: Mapping[str, Tensor]) -> None:
         """Warn, once, where steps move the weights and leave no momentum: the state may be elsewhere."""
@@ -272,10 +286,8 @@ class Momentum:
             self._without += self._versions is not None
             self._versions = versions
             if self._without == PATIENCE:
-                warnings.warn(
-                    f"in {PATIENCE} steps nothing was perturbed: {_NO_MOMENTUM.format(type(self._optimizer).__name__)}",
-                    stacklevel=6,  # where backward() is called
-                )
+                reason = _NO_MOMENTUM.format(type(self._optimizer).__name__)
+                warn(f"in {PATIENCE} steps nothing was perturbed: {reason}")
 
     def looks(self) -> bool:
         """Whether the running statistics are due in this call."""

@@ -79,7 +79,7 @@ class EconomicalASAM:
         check_number("exact", exact, "a share from 0 to 1", lambda share: 0 <= share <= 1)
         if momentum_rho is not None:
             check_number("momentum_rho", momentum_rho, "a finite number >= 0", lambda size: 0 <= size < math.inf)
-        chosen = params if params is None or isinstance(params, str | Tensor) else list(params)
+        chosen = list(params) if isinstance(params, Iterable) and not isinstance(params, str | Tensor) else params
         shape: dict[str, Any] = {"eta": eta, "normalization": normalization, "p": p, "bias": bias, "params": chosen}
         shape |= {"compile": compile, "rounding": rounding}
         self.exact = ASAM(model, rho=rho, **shape)

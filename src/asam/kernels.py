@@ -5,7 +5,6 @@ does instead is the same for float32 and q = 2.
 """
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -13,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from .checks import warn
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -146,7 +147,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
             if "LimitHit" not in type(error).__name__:
                 fast = function
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
-            warnings.warn(f"compile=True has no effect, torch.compile failed: {reason}", stacklevel=2)
+            warn(f"compile=True has no effect, torch.compile failed: {reason}")
             return function(*arguments)
 
     return run

@@ -7,7 +7,6 @@
 Optimizer, scheduler, gradient scaler, clipping, accumulation and checkpoints stay as they are.
 """
 
-import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Execution
-from .checks import check_choice, check_rho
+from .checks import check_choice, check_rho, warn
 from .closures import Closure, as_closures, checked, descend, forward_only, total
 from .combination import Combine, combine_
 from .direction import Gradient, Momentum
@@ -119,7 +118,7 @@ class ASAM:
             if param.is_complex():
                 raise TypeError(f"params must be real, got {param.dtype} for {name!r}: leave it out with params=...")
         if rounding == "nearest":
-            _warn_of_half_precision(self._params, 3 if type(self) is ASAM else 4)
+            _warn_of_half_precision(self._params)
         sharded = check_sharding(model, self._params)
         self._passes = Passes(model, self._params, self._replicas, self._unsharded, sharded, type(self).__name__)
         self._direction = Gradient() if direction is None else direction
@@ -193,7 +192,9 @@ class ASAM:
             raise TypeError(f"backward must be a callable that takes the loss, got {type(backward).__name__}")
         if backward is None and not self._called:  # what is wrong with a closure is so from the start
             everything = list(self._model.parameters())
-            descents, ascents = ([forward_only(item, everything) for item in items] for items in (descents, ascents))
+            same = ascents is descents
+            descents = [forward_only(item, everything) for item in descents]
+            ascents = descents if same else [forward_only(item, everything) for item in ascents]
         with self._entered(), torch.enable_grad():
             loss = self._step(descents, ascents, backward)
         self._called = True
@@ -222,6 +223,8 @@ class ASAM:
                 before.restore()
             try:
                 descend(descents, backward, units)
+                if ascents is not descents:  # on a part of the batch, which drew less
+                    after = None
             finally:
                 if after is not None:
                     after.restore()
@@ -267,6 +270,8 @@ class ASAM:
                 grads_there = [param.grad for param in self._params.values()]
                 names, _, grads = self._passes.present(self._params, grads_there, averaged=False)
                 momentum.observe(names, grads, units)
+            elif found:
+                self._passes.look_for_any()
         self._loss_at = "w" if loss is not None or not found else "w + e"
         return there if loss is None else loss
 
@@ -324,7 +329,7 @@ class ASAM:
             (f"direction={self._direction!r}", not self._is_gradient_alone),
         ):
             if needed:
-                raise RuntimeError(f"{name} needs the whole step: call backward(closure) instead of perturbed()")
+                raise RuntimeError(f"{name} needs the whole step, which only backward(closure) takes")
 
     def _clear_grads(self) -> None:
         """Set the gradients of the whole model to None."""
@@ -371,13 +376,12 @@ class ASAM:
         return RandomState({param.device for param in self._params.values()})
 
 
-def _warn_of_half_precision(params: Mapping[str, Tensor], stacklevel: int) -> None:
+def _warn_of_half_precision(params: Mapping[str, Tensor]) -> None:
     half = {str(param.dtype).removeprefix("torch.") for param in params.values() if param.dtype in HALF}
     if half:
-        warnings.warn(
+        warn(
             f"weights in {' and '.join(sorted(half))} lose part of the perturbation, where it is smaller than half "
-            "their last digit: keep them in float32 and use torch.autocast, or pass rounding='stochastic'",
-            stacklevel=stacklevel,
+            "their last digit: keep them in float32 and use torch.autocast, or pass rounding='stochastic'"
         )
 
 

@@ -22,6 +22,7 @@ class SharpnessAwareOptimizer(Optimizer):
 
     Raises:
         TypeError: the arguments are of other types, or the base is one that evaluates its closure itself (LBFGS).
+        RuntimeError: ``asam`` has a ``combine``, a memory or ``replay_rng``, which ``asam.backward`` alone can do.
 
     Example:
         >>> from asam import ASAM
@@ -50,6 +51,7 @@ class SharpnessAwareOptimizer(Optimizer):
                 f"base_optimizer must take its step from the gradient, got {type(base_optimizer).__name__}, which "
                 "evaluates the closure itself at points of its own choice"
             )
+        asam._check_passes_apart()
         self.asam = asam
         self.base_optimizer = base_optimizer
 
@@ -84,6 +86,8 @@ class SharpnessAwareOptimizer(Optimizer):
         """
         scaled = vars(self).pop("found_inf", None) is not None
         vars(self).pop("grad_scale", None)
+        if closure is not None and not callable(closure):
+            raise TypeError(f"step() takes a closure, got {type(closure).__name__}: write step(lambda: ...)")
         if closure is None:
             raise RuntimeError(
                 "step() needs a closure that clears the gradients, computes the loss, calls backward and returns the "
@@ -97,7 +101,6 @@ class SharpnessAwareOptimizer(Optimizer):
         with torch.enable_grad():
             self.zero_grad()
             if self.asam.rho > 0:
-                self.asam._check_passes_apart()
                 # in parameters that the base does not hold, the gradients of earlier steps would add up
                 self.asam._clear_grads()
                 with self.asam._replicas.apart(accumulating=True):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .closures import Closure, check_reaches_parameters, descend, held, loss_of, total
+from .closures import Closure, check_reaches_parameters, descend, held, loss_of, own_graph, total
 from .replicas import Replicas
 from .sharding import Unsharded, is_sharded
 
@@ -81,8 +81,10 @@ class Passes:
         self, closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor]
     ) -> tuple[Tensor, list[Tensor | None]]:
         """Loss and gradients by a backward pass into ``.grad``, with what was there set aside for the while."""
-        everything, earlier = self._set_aside()
+        everything = self._everything()
+        earlier = [param.grad for param in everything]
         try:
+            _clear(everything)
             loss = descend(closures, backward, units)
             return loss, [param.grad for param in self._params.values()]
         finally:
@@ -99,7 +101,8 @@ class Passes:
             loss = loss_of(closure)
             if params:
                 before = held(params)
-                new = torch.autograd.grad(loss, params, allow_unused=True)
+                with own_graph():
+                    new = torch.autograd.grad(loss, params, allow_unused=True)
                 if held(params) != before:
                     raise RuntimeError(
                         "the model's backward pass runs another one, which writes .grad (a reversible layer, a "
@@ -146,6 +149,11 @@ class Passes:
         names, chosen, values = zip(*found, strict=True)
         return list(names), list(chosen), list(values)
 
+    def look_for_any(self) -> None:
+        """Raise if no parameter has a gradient in ``.grad``; those of shards may come in a later call."""
+        if not self._sharded and all(param.grad is None for param in self._params.values()):
+            self.present({}, [], averaged=False)
+
     def check_dense(self, params: Mapping[str, nn.Parameter], grads: Sequence[Tensor | None]) -> None:
         """Raise if any of the gradients of these parameters is sparse."""
         layouts = [torch.strided if grad is None else grad.layout for grad in grads]
@@ -185,29 +193,32 @@ class Passes:
                 "DistributedDataParallel does not give where gradients accumulate: set them to None after each call "
                 "with optimizer.zero_grad(), without set_to_none=False, or use Momentum(optimizer)"
             )
-        everything, earlier = self._set_aside()
+        everything = self._everything()
+        earlier = [param.grad for param in everything]
         new: list[Tensor | None] = [None] * len(everything)
         try:
+            _clear(everything)
             yield
             new = [param.grad for param in everything]
         finally:
             for param, before, grad in zip(everything, earlier, new, strict=True):
-                param.grad = grad if before is None else before
-                if before is not None and grad is not None:
-                    before.add_(grad)
-
-    def _set_aside(self) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Take the gradients of all parameters off them: the parameters, and what they had."""
-        self._unsharded.let_go()
-        everything = self._everything()
-        earlier = [param.grad for param in everything]
-        for param in everything:
-            param.grad = None
-        return everything, earlier
+                if before is None or grad is None:
+                    param.grad = grad if before is None else before
+                elif before.layout == torch.strided:
+                    param.grad = before.add_(grad)
+                else:  # a sparse one may be added to a dense one, not the other way round
+                    param.grad = grad + before
 
     def _everything(self) -> list[Tensor]:
+        """The parameters of the model, those that are perturbed among them."""
+        self._unsharded.let_go()
         # a sharded model may hold whole parameters in place of the shards
         return list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
+
+
+def _clear(params: Sequence[Tensor]) -> None:
+    for param in params:
+        param.grad = None
 
 
 def _sum(grad: Tensor | None, more: Tensor | None) -> Tensor | None:
