@@ -70,7 +70,16 @@ def checked(loss: Tensor) -> Tensor:
 
 
 def check_reaches_parameters(loss: Tensor) -> None:
-    """Refuse a graph with reentrant checkpoints in it: the parameters behind those are no part of the graph."""
+    """Refuse a graph with reentrant checkpoints in it."""
+    if has_reentrant_checkpoint(loss):
+        raise RuntimeError(
+            "parameters behind torch.utils.checkpoint with use_reentrant=True have no gradient in the ascent pass: "
+            "pass backward=torch.Tensor.backward, or checkpoint with use_reentrant=False"
+        )
+
+
+def has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether there is one in the graph of the loss, of which the parameters behind it are no part."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -78,11 +87,9 @@ def check_reaches_parameters(loss: Tensor) -> None:
             continue
         seen.add(node)
         if node.name() == "CheckpointFunctionBackward":
-            raise RuntimeError(
-                "parameters behind torch.utils.checkpoint with use_reentrant=True have no gradient in the ascent pass: "
-                "pass backward=torch.Tensor.backward, or checkpoint with use_reentrant=False"
-            )
+            return True
         nodes += [following for following, _ in node.next_functions]
+    return False
 
 
 def descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor]) -> Tensor:

@@ -65,6 +65,13 @@ def test_page_counts_seeds_and_epochs(finished, number, said):
     assert said in report.page(found)
 
 
+def test_page_speaks_of_noisy_labels_where_there_are_any(finished):
+    found = json.loads((finished / "results.json").read_text())
+    assert "training labels are noisy" in report.page(found)
+    found["comparison"]["noise"] = 0.0
+    assert "noisy" not in report.page(found).partition("How to read this")[2].replace("noisy labels, initial", "")
+
+
 def test_finished_comparison_is_not_overwritten(asam, finished):
     before = (finished / "results.json").stat().st_mtime_ns
     done = asam("compare", *SMALL, "--out", finished)

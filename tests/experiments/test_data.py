@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import shutil
 import struct
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from asam.experiments import InputError
+from asam.experiments import data as data_module
 from asam.experiments.data import SIZES, augmented, load
 
 
@@ -85,6 +87,23 @@ def test_fashion_files_are_read_and_broken_ones_refused(fashion):
         (broken / "train-images-idx3-ubyte.gz").write_bytes(content)
         with pytest.raises(InputError, match=r"train-images|t10k-images"):
             load("fashion-mnist", str(broken), 0.0, seed=0)
+
+
+def test_a_damaged_file_and_labels_of_another_data_set(fashion):
+    other = fashion / "other"
+    shutil.copytree(fashion, other)
+    labels = other / "train-labels-idx1-ubyte.gz"
+    content = bytearray(gzip.decompress(labels.read_bytes()))
+    content[-1] = 46
+    labels.write_bytes(gzip.compress(bytes(content)))
+    with pytest.raises(InputError, match=r"other holds the label 46: fashion-mnist has those from 0 to 9$"):
+        load("fashion-mnist", str(other), 0.0, seed=0)
+    damaged = bytearray((fashion / "train-images-idx3-ubyte.gz").read_bytes())
+    damaged[10:14] = b"\xff" * 4  # the first block
+    (other / "train-images-idx3-ubyte.gz").write_bytes(damaged)
+    data_module._read.cache_clear()
+    with pytest.raises(InputError, match=r"train-images-idx3-ubyte\.gz cannot be read: Error -3"):
+        load("fashion-mnist", str(other), 0.0, seed=0)
 
 
 def test_with_a_training_size_the_test_data_of_fashion_are_the_official_ones(fashion):

@@ -154,12 +154,30 @@ def test_a_broken_image_is_named_in_one_line(folder, monkeypatch, workers):
         epoch(ImageFolder(run(folder)))
 
 
+def test_an_image_of_more_than_8_bits_is_refused(folder, monkeypatch):
+    monkeypatch.setattr(image_folder, "MOST_WORKERS", 0)
+    Image.fromarray(np.full((40, 60), 300, np.uint16)).save(folder / "val" / "ant" / "0.png")
+    task = ImageFolder(run(folder))
+    with pytest.raises(InputError, match=r"^.*ant/0\.png has more than 8 bits a channel: convert it to 8$"):
+        task.evaluate(task.network())
+
+
+def test_hidden_files_and_what_is_no_file_are_not_looked_at(folder):
+    examples = ImageFolder(run(folder))._train.examples
+    (folder / "train" / "ant" / "._0.png").write_bytes(b"of another system")
+    (folder / "train" / ".cache").mkdir()
+    (folder / "train" / "ant" / "folder.png").mkdir()
+    assert ImageFolder(run(folder))._train.examples == examples
+
+
 def test_what_is_missing_is_told(folder, tmp_path_factory):
     empty = tmp_path_factory.mktemp("empty")
     with pytest.raises(InputError, match="image-folder needs --data-dir"):
         ImageFolder(run(folder, data_dir=None))
     with pytest.raises(InputError, match=r"noise must be 0, got 0\.2"):
         ImageFolder(run(folder, noise=0.2))
+    with pytest.raises(InputError, match=r"^image-folder is tested on all of val: leave --test-size out$"):
+        ImageFolder(run(folder, test_size=1))
     with pytest.raises(InputError, match=r"train is not there: --data-dir must hold train/CLASS"):
         ImageFolder(run(empty))
     (empty / "train").mkdir()

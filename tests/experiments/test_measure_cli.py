@@ -93,6 +93,29 @@ def reentrant():
 def positions():
     return make()[0], lambda model, batch: (model(batch[0]).square().mean(), {"positions": 0.25}), make()[2]
 
+def frozen():
+    model, loss_fn, data = make()
+    model[0].requires_grad_(False)
+    return model, loss_fn, data
+
+def uncopied():
+    model, loss_fn, data = make()
+    torch.nn.utils.weight_norm(model[0])
+    return model, loss_fn, data
+
+def failing():
+    class Fails(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("of the user's own making")
+    return make()[0], lambda model, batch: Fails.apply(model(batch[0])).square().mean(), make()[2]
+
+def negative():
+    return make()[0], lambda model, batch: model(batch[0]).square().mean() - 9, make()[2]
+
 def wrong():
     return 1, 2, 3
 
@@ -253,6 +276,45 @@ def test_networks_of_the_same_shapes_and_other_layers_have_no_way_between_them(a
     assert (tmp_path / "asam-landscape" / "plane-own-tanh.npz").exists()
 
 
+def test_frozen_parameters_that_differ_have_no_way_between_them(asam, tmp_path):
+    sys.path.insert(0, str(tmp_path))
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+        torch.save(model.state_dict(), tmp_path / f"{seed}.pt")
+    code, _, err = asam("landscape", "0.pt", "1.pt", "--model", "own:frozen", "--points", 3)
+    assert code == 0
+    assert "no way from 0 to 1: the models differ in '0.weight', which is not one of the" in " ".join(err.split())
+    assert (tmp_path / "asam-landscape" / "plane-1.npz").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_model_that_cannot_be_copied(asam, tmp_path):
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    torch.nn.utils.weight_norm(model[0])
+    for name in ("one", "two"):
+        torch.save(model.state_dict(), tmp_path / f"{name}.pt")
+    assert asam("measure", "one.pt", "--model", "own:uncopied", *QUICK)[0] == 0
+    code, _, err = asam("landscape", "one.pt", "two.pt", "--model", "own:uncopied", "--points", 3)
+    assert code == 2
+    assert (
+        err.strip().splitlines()[-1].startswith("asam: the model cannot be copied, so give one checkpoint at a time (")
+    )
+
+
+def test_a_backward_pass_of_the_users_own_that_fails(asam):
+    code, _, err = asam("measure", "own:failing", *QUICK)
+    assert code == 2
+    assert "of the user's own making" in err.strip().splitlines()[-1]
+
+
+def test_a_negative_loss_has_no_logarithm(asam, tmp_path):
+    code, _, err = asam("landscape", "own:negative", "--points", 3)
+    assert code == 2
+    assert "asam: own:negative: the loss at the weights is -" in err.strip().splitlines()[-1]
+    assert not (tmp_path / "asam-landscape").exists()
+
+
 def test_what_the_user_named_is_printed_as_it_is(asam, tmp_path):
     _, out, err = asam("measure", "own:ok", *QUICK)
     assert out.startswith("own:ok: 50 parameters, ")
@@ -305,11 +367,15 @@ def test_runs_of_asam_train_are_called_as_their_folders(asam, runs, tmp_path):
         (tmp_path / folder).mkdir()
         for suffix in (".json", ".pt"):
             shutil.copy(runs / f"sgd-mlp{suffix}", tmp_path / folder / f"run{suffix}")
+            shutil.copy(runs / f"sgd-mlp{suffix}", tmp_path / folder / f"$a_{{$<b>{suffix}")
     (tmp_path / "one" / "inside").mkdir()
     code, out, _ = asam("landscape", "one/inside/../run", "two/run.json", "--points", 3, "--examples", 20)
     assert code == 0
     assert "way-one-to-two.npz" in out
     assert asam("measure", "one/run", *QUICK, "--examples", 20)[1].startswith("one: 26,122 parameters")
+    # neither a formula nor markup
+    assert asam("landscape", "one/$a_{$<b>", "--points", 3, "--examples", 20, "--out", "plain")[0] == 0
+    assert "$a_{$&lt;b&gt;" in (tmp_path / "plain" / "landscape.html").read_text()
 
 
 def test_networks_of_different_architecture_have_no_way_between_them(asam, runs):
@@ -398,7 +464,10 @@ def test_a_landscape_is_not_overwritten_without_force(asam, tmp_path):
         (["measure", "empty.pt", "--model", "own:make"], "empty.pt is not a checkpoint of tensors alone"),
         (["measure", "own:make", "--rho", "1e200"], "--rho must be a number > 0 and < 1e+18"),
         (["landscape", "own:nan"], "own:nan: the loss at the weights is nan"),
-        (["measure", "own:reentrant"], "the loss has no gradient: When use_reentrant=True"),
+        (
+            ["measure", "own:reentrant"],
+            "the loss has no gradient of parameters behind torch.utils.checkpoint with use_reentrant=True",
+        ),
         (["measure", "empty"], "empty is a folder without runs"),
         (["landscape", "m one.pt", "m-one.pt", "--model", "own:make"], "two targets are called m-one"),
         (["measure", "own:dropout"], "the loss is not deterministic"),

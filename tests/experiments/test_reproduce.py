@@ -97,11 +97,12 @@ def test_finished_results_stay_without_force_which_removes_ours_only(asam, tmp_p
     assert (out / "drawing.svg").read_text() == (out / "thesis.txt").read_text() == "mine"
 
 
+@pytest.mark.parametrize("file", ["report.html", "drawing.svg"])
 @pytest.mark.parametrize("config", [None, '{"hidden_size": 768}', "// no JSON"])
-def test_force_leaves_the_files_of_something_else(asam, tmp_path, config):
+def test_force_leaves_the_files_of_something_else(asam, tmp_path, config, file):
     out = tmp_path / "out"
     out.mkdir()
-    (out / "report.html").write_text("mine")
+    (out / file).write_text("mine")
     if config:
         (out / "config.json").write_text(config)
     before = contents(out)

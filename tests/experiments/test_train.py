@@ -112,6 +112,11 @@ def test_options_beat_the_file(train, tmp_path):
     assert (run["method"], run["rho"], run["lr"], run["momentum"]) == ("sam", 0.05, 0.02, 0.5)
 
 
+def test_a_file_in_capitals(train, tmp_path):
+    (tmp_path / "A.TOML").write_text("epochs = 1\n")
+    assert train("--config", "A.TOML", "--out", "capitals").code == 0
+
+
 def test_a_run_that_was_written_is_a_file_of_values(train, tmp_path):
     assert train("--method", "sgd", "--out", "one").code == 0
     assert train("--config", "one/run.json", "--out", "two").code == 0

@@ -122,3 +122,11 @@ def test_data_that_is_not_there_is_refused_by_the_task():
 def test_a_method_that_does_not_fit_the_network():
     with pytest.raises(InputError, match="nothing to perturb: the model has no such parameters"):
         Training(Run("asam", rho=0.5, perturb="norm"))
+
+
+def test_a_batch_of_one_image_and_batch_norm(monkeypatch):
+    training = Training(Run("asam", rho=0.5, train_size=3, batch_size=2))
+    norm = nn.BatchNorm1d(10)
+    monkeypatch.setattr(training.task, "loss", lambda network, batch: norm(network(batch[0])).square().mean())
+    with pytest.raises(InputError, match=r"^a batch of one image has no batch statistics: choose another --batch-size"):
+        training.advance()

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from asam.experiments import tuning
 from asam.experiments.cli import run as command_line
 
 OWN = """
@@ -58,6 +59,12 @@ def inner(labels):
 
 def value_error(asam, seed, report):
     raise ValueError("two\\nlines")
+
+def gives_up(asam, seed, report):
+    if values(asam)[0] > 2 or seed >= 1000:
+        from optuna import TrialPruned
+        raise TrialPruned
+    quiet(asam, seed, report)
 
 def exits(asam, seed, report):
     sys.exit(3)
@@ -194,11 +201,27 @@ def test_eta_and_bias_are_searched_from_where_the_starts_were_good(tune, tmp_pat
     assert all(1e-4 <= eta <= 0.1 for eta, _ in choices)
 
 
+def test_a_function_that_ends_its_trial_itself(tune, tmp_path):
+    done = tune("own:gives_up", "--trials", 5, "--confirmed", 1, "--seeds", 1)
+    assert done.code == 2
+    assert done.said[-1].endswith("no choice has a finite validation error from fresh seeds")
+
+
+def test_trials_that_report_nothing_have_no_error():
+    rows = [{"trial": i, "rho": 1.0, "eta": 0.01, "bias": "unscaled"} for i in range(3)]
+    errors = (None, 0.0, 0.5)
+    for row, error in zip(rows, errors, strict=True):
+        row |= {"error": error, "pruned": False, "reports": 0}
+    cells = tuning.terminal_table({"trials": rows, "search": {"seeds": 1}}).columns[3].cells
+    assert list(cells) == ["0", "0.5", "-"]
+
+
 def test_a_run_of_a_file(tune, tmp_path):
     (tmp_path / "a.toml").write_text('epochs = 2\neta = 0.02\nbias = "scaled"\nbatch_size = 100\nevaluate_every = 1\n')
     done = tune("a.toml", "--like", "cifar10", "--trials", 2, "--confirmed", 1, "--seeds", 1, "--out", "out")
     assert (done.code, done.said) == (0, [])
     result = found(tmp_path / "out")
+    assert f"asam train --config a.toml --rho {result['best']['rho']:.3g} --eta 0.02 --bias scaled\n" in done.out
     assert [(row["rho"], row["eta"], row["bias"], row["reports"]) for row in result["trials"]] == [
         (0.5, 0.02, "scaled", 2),
         (1.0, 0.02, "scaled", 2),

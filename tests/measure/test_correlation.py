@@ -294,3 +294,15 @@ def test_columns_of_tables_and_any_arrays():
 def test_what_is_no_sequence_of_numbers(values):
     with pytest.raises(TypeError, match=r"^measure must be a sequence of numbers, got "):
         kendall(values, [1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "message"),
+    [
+        ([1, 2], "^hyperparameters must be a mapping from names to a value for each model, got list$"),
+        ({"lr": 3}, "^hyper-parameter 'lr' must have a value for each model, got int$"),
+    ],
+)
+def test_what_are_no_hyperparameters(hyperparameters, message):
+    with pytest.raises(TypeError, match=message):
+        granulated_kendall([1, 2], [1, 2], hyperparameters)

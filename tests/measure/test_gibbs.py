@@ -203,3 +203,9 @@ def test_refuses(arguments, message):
 def test_a_prior_is_a_mapping():
     with pytest.raises(TypeError, match=r"^prior must be a mapping from names to tensors, .* got Linear$"):
         certificate(before=nn.Linear(2, 3))
+
+
+def test_a_prior_holds_tensors():
+    objective = Objective(nn.Linear(2, 1), lambda model, x: (model(x).mean(), {"error": 0.0}), [torch.ones(4, 2)])
+    with pytest.raises(TypeError, match=r"^prior must hold tensors, got NoneType for 'weight'$"):
+        gibbs_certificate(objective, 1.0, geometry=Geometry("none"), prior={"weight": None, "bias": None})

@@ -219,6 +219,7 @@ def test_as_scipy(dtype):
         assert product.dtype == linear.dtype == array.dtype
         assert torch.equal(torch.from_numpy(product), operator @ matrix)
     assert torch.equal(torch.from_numpy(linear.T @ array[:, 0]), operator @ matrix[:, 0])
+    assert torch.equal(torch.from_numpy(linear @ array[::-1, 0]), operator @ matrix[:, 0].flip(0))
     exact = torch.linalg.eigvalsh(dense_hessian(mlp(), loss_only, examples()))
     found = torch.from_numpy(eigsh(linear, k=3, which="LA", return_eigenvectors=False)).double()
     close(found.sort().values, exact[-3:], rtol=1e-9 if dtype == torch.float64 else 1e-5)
@@ -285,6 +286,19 @@ def test_a_loss_without_a_second_derivative_is_refused(layers, message):
 
     with pytest.raises(ValueError, match=f"^the loss has no second derivative: {message}"):
         hessian(Objective(model, loss_fn, [inputs])) @ torch.ones(sum(p.numel() for p in model.parameters()))
+
+
+def test_a_model_that_torch_has_compiled_has_no_products():
+    model = torch.compile(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1)), backend="aot_eager")
+    objective = Objective(model, lambda model, batch: model(batch).square().mean(), [torch.randn(7, 6)])
+    with pytest.raises(ValueError, match=r"^the loss has no second derivative: "):
+        hessian(objective) @ torch.ones(41)
+
+
+def test_a_product_takes_a_tensor():
+    operator = hessian(Objective(mlp(), cross_entropy, [examples()]))
+    with pytest.raises(TypeError, match=r"^a product takes a torch tensor, got ndarray: for NumPy use as_scipy\(\)$"):
+        operator @ torch.ones(31).numpy()
 
 
 def test_what_lies_before_the_measured_parameters_does_not_count():

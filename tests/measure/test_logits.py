@@ -52,3 +52,11 @@ def test_sharpness_does_not_see_the_scale_of_the_logits():
     for measure in (worst_case_sharpness, average_sharpness):
         value = measure(one, 0.1, geometry=geometry).value
         assert measure(two, 0.1, geometry=geometry).value == pytest.approx(value, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 400.0])
+def test_in_half_precision(scale):
+    logits = torch.tensor([[scale, -scale, 0.0]])
+    half = normalized_logits(logits.half())
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), normalized_logits(logits), rtol=0, atol=0.01)

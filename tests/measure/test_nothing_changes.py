@@ -388,3 +388,72 @@ def test_the_random_states_of_numpy_and_python():
     worst_case_sharpness(objective, 0.1, geometry=GEOMETRY, steps=2)
     hessian(objective) @ torch.ones(5)
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before
+
+
+class Writing(nn.Module):
+    """Writes to a parameter that is not measured, makes others and layers at the first call, and takes a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.rows = nn.Linear(4, 3), nn.Embedding(5, 4, max_norm=0.1)
+        self.mean = nn.Parameter(torch.ones(4), requires_grad=False)
+        with torch.no_grad():
+            self.rows.weight.fill_(3.0)
+
+    def forward(self, x):
+        if not hasattr(self, "made"):
+            self.register_buffer("made", torch.ones(4), persistent=False)
+            self.layer, self.more = nn.Identity(), nn.Parameter(torch.zeros(()))
+        self.mean.data = 0.5 * self.mean.data + 0.1
+        self.head.bias.requires_grad_(False).requires_grad_(True)
+        self.rows.weight.requires_grad_(False)
+        penalty = self.head.weight.square().sum()
+        if torch.is_grad_enabled():
+            penalty.backward(retain_graph=True)
+        return self.head(x + self.rows(torch.arange(4)).mean(0) * self.made) + 0 * penalty
+
+
+def test_what_the_model_does_to_itself():
+    model = Writing()
+    model.head.weight.grad = given = torch.ones(3, 4)
+    kept = copy.deepcopy(model.state_dict())
+    inputs, targets = torch.randn(6, 4), torch.randint(3, (6,))
+    objective = Objective(model, cross_entropy, [(inputs, targets)], params=["head.weight"])
+    for measure in (
+        lambda: worst_case_sharpness(objective, 0.1, geometry=GEOMETRY, steps=2),
+        objective.loss,
+        objective.gradient,
+    ):
+        measure()
+        assert list(model.state_dict()) == list(kept)
+        assert all(torch.equal(value, kept[name]) for name, value in model.state_dict().items())
+        assert [name for name, _ in model.named_children()] == ["head", "rows"]
+        assert not list(model.buffers())
+        assert not model._non_persistent_buffers_set
+        assert model.rows.weight.requires_grad
+        assert model.head.weight.grad is given
+        assert torch.equal(given, torch.ones(3, 4))
+        assert model.mean.grad is model.rows.weight.grad is model.head.bias.grad is None
+
+
+def test_hooks_of_a_training_have_no_part_in_a_measurement():
+    model, plain = make_model(), make_model()
+    calls = []
+
+    def clamp(grad):
+        calls.append(1)
+        return grad.clamp(-1e-3, 1e-3)
+
+    handles = [param.register_hook(clamp) for param in model.parameters()]
+    ours, expected = (Objective(each, cross_entropy, [examples()]) for each in (model, plain))
+    for name, gradient in expected.gradient().items():
+        assert torch.equal(ours.gradient()[name], gradient)
+    vector = torch.ones(expected.like.numel(), dtype=torch.float64)
+    assert torch.equal(hessian(ours) @ vector, hessian(expected) @ vector)
+    assert not calls
+    model.zero_grad()
+    cross_entropy(model, examples()).backward()
+    assert len(calls) == len(handles)
+    assert all(param.grad.abs().max() <= 1e-3 for param in model.parameters())
+    handles[0].remove()
+    assert not next(iter(model.parameters()))._backward_hooks

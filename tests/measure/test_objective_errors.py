@@ -64,15 +64,71 @@ def test_a_frozen_parameter_by_name():
         make(model, params=["layers.0.weight"])
 
 
+class Fails(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("there is no derivative of it")
+
+
+class Failing(nn.Module):
+    def forward(self, x):
+        return Fails.apply(x)
+
+
+class Leaf(nn.Module):
+    def forward(self, x):
+        return x.clone().requires_grad_(True)
+
+
 class Reentrant(nn.Module):
     def forward(self, x):
         return checkpoint(torch.tanh, x, use_reentrant=True)
 
 
 def test_a_loss_whose_backward_pass_fails():
-    model = nn.Sequential(nn.Linear(4, 4), Reentrant(), nn.Linear(4, 3)).double()
-    with pytest.raises(ValueError, match=r"^the loss has no gradient: When use_reentrant=True, .* is incompatible"):
+    model = nn.Sequential(nn.Linear(4, 4), Failing(), nn.Linear(4, 3)).double()
+    with pytest.raises(ValueError, match=r"^the loss has no gradient: there is no derivative of it$"):
         make(model)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_parameters_behind_a_reentrant_checkpoint(detached):
+    # where nothing that is measured lies before it, torch itself leaves out what lies behind
+    model = nn.Sequential(Leaf() if detached else nn.Linear(4, 4), Reentrant(), nn.Linear(4, 3)).double()
+    with pytest.raises(
+        ValueError, match=r"^the loss has no gradient of parameters behind torch\.utils\.checkpoint with us"
+    ):
+        make(model)
+
+
+@pytest.mark.parametrize("change", ["assign", "one of two", "parametrized"])
+def test_parameters_that_are_not_the_models_any_more(change):
+    objective = make(model := Net())
+    if change == "assign":
+        model.load_state_dict(Net().state_dict(), assign=True)
+    elif change == "one of two":
+        model.layers[0].bias = nn.Parameter(model.layers[0].bias.detach().clone())
+    else:
+        nn.utils.parametrizations.weight_norm(model.layers[0])
+    for measure in (
+        objective.loss,
+        objective.gradient,
+        lambda: hessian(objective) @ torch.ones(objective.like.numel()),
+    ):
+        with pytest.raises(
+            ValueError, match=r"^the model has another parameter than 'layers\.0\.\w+' when the Objective w"
+        ):
+            measure()
+
+
+def test_parameters_without_elements():
+    model = nn.ParameterList([torch.zeros(0)])
+    with pytest.raises(ValueError, match=r"^the parameters have no elements: there is nothing to perturb$"):
+        Objective(model, lambda model, batch: model[0].sum(), [torch.ones(2, 1)])
 
 
 def counter():

@@ -4,7 +4,6 @@ import json
 import os
 import sys
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -127,7 +126,7 @@ def measure(
     samples: Annotated[int, typer.Option(help="Draws of the average case, an even number.", min=2)] = 32,
     eigenvalues: Annotated[int, typer.Option(help="How many top eigenvalues.", min=1)] = 3,
     examples: Examples = 1024,
-    seed: Annotated[int, typer.Option(help="Of starts, draws and random vectors.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of starts, draws, random vectors and your function.")] = 0,
     normalize_logits: NormalizeLogits = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
@@ -187,7 +186,7 @@ def landscape(
     points: Annotated[int, typer.Option(help="Points of a plane along each axis.", min=3, max=1001)] = 25,
     span: Annotated[float, typer.Option(help="How far, in units of the filters' norms.")] = 1.0,
     examples: Examples = 1024,
-    seed: Annotated[int, typer.Option(help="Of the random directions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random directions and your function.")] = 0,
     normalize_logits: NormalizeLogits = False,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("asam-landscape"),
     force: Annotated[bool, typer.Option("--force", help="Overwrite the results in --out.")] = False,
@@ -206,16 +205,15 @@ def landscape(
         found = find(targets, model, examples=examples, seed=seed, normalize_logits=normalize_logits)
     names = [file_name(target.name) for target in found]
     if len(set(names)) < len(names):
-        raise InputError(f"two targets are called {next(name for name in names if names.count(name) > 1)}")
+        name = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"two targets are called {name}: rename a file, or measure them apart")
     with held(out):
         check_free(out, force=force)
         many = f"{len(found)} landscapes" if len(found) > 1 else "1 landscape"
         with progress(many, passes(found, points)) as advance, refusals():
             slices = compute(found, points, span, seed, advance)
-        for one, other in pairwise(found):
-            if f"{one.name} to {other.name}" not in slices.interpolations:
-                message = f"asam: no way from {one.name} to {other.name}: they are not of the same architecture"
-                print(message, file=sys.stderr)
+        for pair, reason in slices.apart.items():
+            print(f"asam: no way from {pair}: {reason}", file=sys.stderr)
         with refusals():
             files = save(slices, out)
     say(f"Written: {', '.join(map(str, files))}", wrapped=False)
@@ -305,7 +303,11 @@ def tune(
         return
     print_table(tuning.terminal_table(found))
     best = found["best"]
-    say(f"ASAM(model, rho={best['rho']:.3g}, eta={best['eta']:.3g}, bias={best['bias']!r})")
+    if run is None:
+        say(f"ASAM(model, rho={best['rho']:.3g}, eta={best['eta']:.3g}, bias={best['bias']!r})")
+    else:  # whose geometry is that of its file
+        options = f"--rho {best['rho']:.3g} --eta {best['eta']:.3g} --bias {best['bias']}"
+        say(f"asam train --config {target} {options}", wrapped=False)
     say(f"Written: {out / 'tune.json'}", wrapped=False)
 
 

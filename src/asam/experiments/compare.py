@@ -6,7 +6,6 @@ Every run is written on its own when it is done, so a comparison that was killed
 import json
 import math
 import multiprocessing
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,10 +15,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from .. import __version__
 from . import InputError
+from .checkpoints import save_tensors
 from .environment import environment
 from .files import claim_folder, read_json, write
 from .processes import end, end_with_parent
@@ -198,9 +196,7 @@ def verdict(found: dict[str, Any]) -> list[str]:
 
 def _one(run: Run, path: Path) -> dict[str, Any]:
     outcome, weights = train(run)
-    unfinished = path.with_name(path.name + ".pt.part")
-    torch.save(weights, unfinished)
-    os.replace(unfinished, path.with_name(path.name + ".pt"))
+    save_tensors(path.with_name(path.name + ".pt"), weights)
     write(path.with_name(path.name + ".json"), json.dumps({"run": asdict(run), "outcome": outcome}))
     return outcome
 

@@ -4,6 +4,8 @@ A seed fixes the split into training, validation and test data, and which labels
 """
 
 import gzip
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -173,6 +175,7 @@ def _read(dataset: str, folder: str | None) -> _Source:
         images, labels, n_test = cifar.read(dataset, folder)
         if (n := len(labels)) != sum(SIZES[dataset]) or n_test != SIZES[dataset][2]:
             raise InputError(f"{folder} holds {n - n_test} and {n_test} images: that is not {dataset}")
+        _check_labels(dataset, labels, folder)
         return _colored(images, labels, n_test)
     path = Path(folder) if folder else FASHION_FOLDER
     images = np.concatenate([_idx(path / f"{part}-images-idx3-ubyte.gz") for part in ("train", "t10k")])
@@ -180,7 +183,14 @@ def _read(dataset: str, folder: str | None) -> _Source:
     labels = np.concatenate(label_parts)
     if images.ndim != 3 or labels.shape != images.shape[:1] or len(labels) < sum(SIZES[dataset]):
         raise InputError(f"{path} does not hold the images and labels of Fashion-MNIST")
+    _check_labels(dataset, labels, path)
     return _gray(images, labels, n_test=len(label_parts[1]))
+
+
+def _check_labels(dataset: str, labels: Sequence[int] | np.ndarray, path: Path | str | None) -> None:
+    classes = CLASSES.get(dataset, 10)
+    if not 0 <= min(labels) <= max(labels) < classes:
+        raise InputError(f"{path} holds the label {max(labels)}: {dataset} has those from 0 to {classes - 1}")
 
 
 def _idx(path: Path) -> np.ndarray:
@@ -191,7 +201,7 @@ def _idx(path: Path) -> np.ndarray:
         raise InputError(
             f"{path} is not there: install Debian's dataset-fashion-mnist, or name its folder with --data-dir"
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     dimensions = content[3] if len(content) > 3 and content[:3] == b"\0\0\x08" else 0
     shape = np.frombuffer(content, ">u4", dimensions, 4) if len(content) > 4 + 4 * dimensions else np.zeros(0)

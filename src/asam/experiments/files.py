@@ -88,12 +88,20 @@ def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
             os.close(descriptor)
 
 
-def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple[str, ...], force: bool) -> None:
+def claim_folder(
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    last: str,
+    ours: tuple[str, ...],
+    force: bool,
+    written: tuple[str, ...] = (),
+) -> None:
     """Make a folder of results ready: new, or of the same configuration and unfinished, to go on with.
 
     ``config.json`` tells the configuration, the file ``last`` that it is finished. With ``force`` the files that
-    match ``ours`` are removed first, and nothing else; unless they are not of this program, whose ``config.json``
-    names its version.
+    match ``ours`` are removed first, and nothing else; unless they, or files that match ``written``, are not of this
+    program, whose ``config.json`` names its version.
 
     Raises:
         InputError: the folder holds something else, or is finished, and there is no ``force``.
@@ -113,8 +121,9 @@ def claim_folder(folder: Path, config: dict[str, Any], *, last: str, ours: tuple
                 file for pattern in (last, *ours, path.name) for file in sorted(folder.glob(pattern), reverse=True)
             ]
             files = [file for file in found if not file.is_dir()]
-            if files and not _is_ours(path):
-                raise InputError(f"{files[0]} would be overwritten and is of something else: choose another --out")
+            others = files + [file for pattern in written for file in sorted(folder.glob(pattern))]
+            if others and not _is_ours(path):
+                raise InputError(f"{others[0]} would be overwritten and is of something else: choose another --out")
             for file in files:
                 file.unlink(missing_ok=True)
         else:

@@ -48,6 +48,8 @@ class ImageFolder:
     def __init__(self, run: Run) -> None:
         if run.noise:
             raise InputError(f"image-folder keeps the labels it has: noise must be 0, got {run.noise}")
+        if run.test_size is not None:
+            raise InputError("image-folder is tested on all of val: leave --test-size out")
         if run.data_dir is None:
             raise InputError("image-folder needs --data-dir: a folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
         self._run = run
@@ -113,6 +115,8 @@ class _Images(Dataset[Batch | str]):
             path = self.examples[index][0]
             try:
                 with Image.open(path) as opened:
+                    if opened.mode.startswith(("I", "F")):  # of which Pillow would cut off what is above 255
+                        return f"{path} has more than 8 bits a channel: convert it to 8"
                     image = _cropped(opened.convert("RGB"), self._size, seed)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 return f"{path} cannot be read: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -154,15 +158,20 @@ def _classes(folder: Path) -> dict[str, list[str]]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not there: --data-dir must hold train/CLASS/*.jpg and val/CLASS/*.jpg")
     found = {
-        entry.name: sorted(str(file) for file in entry.iterdir() if file.suffix.lower() in SUFFIXES)
+        entry.name: sorted(str(file) for file in entry.iterdir() if _is_image(file))
         for entry in sorted(folder.iterdir())
-        if entry.is_dir()
+        if entry.is_dir() and not entry.name.startswith(".")
     }
     if not found:
         raise InputError(f"{folder} has no classes: each is a folder of images in it")
     if empty := [name for name, files in found.items() if not files]:
         raise InputError(f"{folder / empty[0]} has no image ({', '.join(SUFFIXES)})")
     return found
+
+
+def _is_image(file: Path) -> bool:
+    """By its name; some systems leave hidden files beside those of the user."""
+    return file.suffix.lower() in SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
 def _held_out(found: dict[str, list[str]], run: Run) -> tuple[list[Example], _Images]:

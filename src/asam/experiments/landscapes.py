@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ OURS = ("plane-*.npz", "line-*.npz", "way-*.npz", *ALWAYS)
 
 @dataclass(frozen=True)
 class Slices:
-    """What was computed, by the names of the networks or of pairs of them."""
+    """What was computed, by the names of the networks or of pairs of them, and why there is no way between a pair."""
 
     planes: dict[str, LossPlane]
     lines: dict[str, LossLine]
     interpolations: dict[str, LossLine]
+    apart: dict[str, str] = field(default_factory=dict)
 
 
 def check_free(folder: Path, *, force: bool) -> None:
@@ -66,19 +67,31 @@ def passes(targets: list[Target], points: int) -> int:
 def compute(targets: list[Target], points: int, span: float, seed: int, advance: Callable[[float], None]) -> Slices:
     """The slices; every network is cut along directions of the same random numbers, scaled to its own filters."""
     planes, lines, ways = {}, {}, {}
+    apart: dict[str, str] = {}
     objectives = [counted(target, advance) for target in targets]
     for target, objective in zip(targets, objectives, strict=True):
         if not math.isfinite(loss := objective.loss()):
             raise InputError(f"{target.name}: the loss at the weights is {loss}")
+        if loss < 0:
+            raise InputError(
+                f"{target.name}: the loss at the weights is {loss:.4g}, and landscapes are drawn on a logarithmic "
+                "scale: use asam.measure.loss_plane"
+            )
     for target, objective in zip(targets, objectives, strict=True):
         x, y = (random_direction(objective, seed=2 * seed + i) for i in range(2))
         spans = {"x_span": (-span, span), "y_span": (-span, span)}
         planes[target.name] = loss_plane(objective, x, y, points=points, **spans)
         lines[target.name] = loss_line(objective, x, span=(-span, span), points=2 * points - 1)
     for (one, objective), (other, _) in pairwise(zip(targets, objectives, strict=True)):
-        if _shapes(one.model) == _shapes(other.model) and not differing_layers(one.model, other.model):
-            ways[f"{one.name} to {other.name}"] = interpolate(objective, other.model, points=points)
-    return Slices(planes, lines, ways)
+        pair = f"{one.name} to {other.name}"
+        if _shapes(one.model) != _shapes(other.model) or differing_layers(one.model, other.model):
+            apart[pair] = "they are not of the same architecture"
+            continue
+        try:
+            ways[pair] = interpolate(objective, other.model, points=points)
+        except ValueError as error:  # frozen parameters of different values, for example
+            apart[pair] = str(error)
+    return Slices(planes, lines, ways, apart)
 
 
 def save(slices: Slices, folder: Path) -> list[Path]:
@@ -116,7 +129,7 @@ def _planes(slices: Slices) -> str:
         style = {}
     for axes, (name, plane) in zip(grid, slices.planes.items(), strict=True):
         contours = plot_plane(axes, plane, **style)
-        axes.set_title(name, fontsize=10)
+        axes.set_title(_plain(name), fontsize=10)
         axes.locator_params(axis="x", nbins=5)  # labels of two decimals have room
     bar = figure.colorbar(contours, ax=grid, label="loss")
     if style:
@@ -133,7 +146,7 @@ def _lines(slices: Slices) -> str:
     for axes, (lines, styled, label) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         for name, line in lines.items():
             color, dashes = styled[name]
-            plot_line(axes, line, label=name, color=color, linestyle=("-", "--", ":", "-.")[dashes])
+            plot_line(axes, line, label=_plain(name), color=color, linestyle=("-", "--", ":", "-.")[dashes])
         axes.set_xlabel(label)
         axes.locator_params(axis="x", nbins=5)
         axes.set_yscale("log")
@@ -142,6 +155,11 @@ def _lines(slices: Slices) -> str:
         axes.minorticks_off()
         axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
+
+
+def _plain(name: str) -> str:
+    """A name that matplotlib does not take for a formula."""
+    return name.replace("$", r"\$")
 
 
 def _svg(figure: Figure) -> str:

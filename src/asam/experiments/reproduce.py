@@ -104,7 +104,8 @@ def claim(study: Study, scale: Scale, settings: Any, folder: Path, storage: str 
         check(storage)
     ours = ("results.jsonl", "table.md", "report.html", f"{DATABASE}*", *_files(folder / "summary.json"))
     with held(folder, wait=True):
-        claim_folder(folder, _config(study, scale, settings), last="summary.json", ours=ours, force=force)
+        config = _config(study, scale, settings)
+        claim_folder(folder, config, last="summary.json", ours=ours, force=force, written=("*.svg", "*.html"))
 
 
 def _files(summary: Path) -> list[str]:

@@ -19,7 +19,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
 from . import InputError
-from .database import experimental, opened
+from .database import FAULTS, experimental, opened
 from .run import Run
 from .runs import POLL
 from .trainings import Choice, Train
@@ -97,7 +97,12 @@ def searched(search: Search, study: optuna.Study, train: Train, seen: set[int]) 
     finished, running = sum(state in FINISHED for state in states), states.count(TrialState.RUNNING)
     if finished + running < search.trials:
         offer_starts(search, study)
-        study.optimize(partial(_objective, search, train), n_trials=1)
+        try:
+            study.optimize(partial(_objective, search, train), n_trials=1)
+        except AssertionError as error:  # what Optuna makes of a fault while it writes down a trial's end
+            if isinstance(error.__context__, FAULTS):
+                raise error.__context__ from None
+            raise
         return False
     if running:
         time.sleep(POLL)
@@ -135,7 +140,12 @@ def last_error(train: Train, choice: Choice, seed: int, trial: optuna.Trial | No
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-    train(choice, seed, report)
+    try:
+        train(choice, seed, report)
+    except optuna.TrialPruned:  # of the user's own function, which no trial is there to hear
+        if trial is not None:
+            raise
+        return math.inf
     if not errors:
         raise InputError("the training never called report(validation_error)")
     return errors[-1]

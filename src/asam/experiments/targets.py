@@ -55,7 +55,7 @@ def find(
     made = None if function is None else _call(function, examples, seed)
     for name in names:
         if made is not None:
-            model = copy.deepcopy(made.model)
+            model = made.model if len(names) == 1 else _copied(made.model)
             _load_weights(model, _checkpoint(Path(name)))
             targets.append(replace(made, name=Path(name).stem, model=model))
         elif ":" in name and not Path(name).exists():
@@ -66,6 +66,14 @@ def find(
         if normalize_logits:
             raise InputError("--normalize-logits is for runs: in your loss, use asam.measure.normalized_logits")
     return targets
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the model cannot be copied, so give one checkpoint at a time ({reason[:200]})") from error
 
 
 def _run(path: Path, examples: int, normalize_logits: bool) -> Target:

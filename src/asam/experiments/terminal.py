@@ -69,8 +69,8 @@ def _shown(progress: Progress) -> Iterator[Progress]:
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """What the library refuses in the user's model, loss or data, as bad input."""
+    """What the library or torch refuses in the user's model, loss or data, as bad input."""
     try:
         yield
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(" ".join(str(error).split())) from error

@@ -165,7 +165,14 @@ class Training:
     def _loss(self, batch: tuple[Tensor, ...]) -> Tensor:
         dtype = torch.bfloat16 if self.run.precision == "bfloat16" else torch.float16
         with torch.autocast(self.device.type, dtype, enabled=self.run.precision != "float32"):
-            return self.task.loss(self._called, batch)
+            try:
+                return self.task.loss(self._called, batch)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise InputError(
+                    "a batch of one image has no batch statistics: choose another --batch-size or --train-size"
+                ) from error
 
 
 def initial_network(run: Run, task: Task) -> nn.Module:

@@ -160,10 +160,12 @@ def terminal_table(found: dict[str, Any]) -> Table:
     """The trials, from the best: those that were trained again first."""
     seeds = found["search"]["seeds"]
     table = Table("rho", "eta", "bias", "error", "reports", f"{seeds} fresh seed{'s'[: seeds != 1]}")
-    rows = sorted(found["trials"], key=lambda row: (row.get("mean", math.inf), row["pruned"], row["error"]))
+    errors = {row["trial"]: math.inf if row["error"] is None else row["error"] for row in found["trials"]}
+    rows = sorted(found["trials"], key=lambda row: (row.get("mean", math.inf), row["pruned"], errors[row["trial"]]))
     for row in rows:
         sd = f" ± {row['sd']:.2g}" if math.isfinite(row.get("sd", math.nan)) else ""
         again = f"{row['mean']:.4g}{sd}" if "mean" in row else ""
+        error = "-" if row["error"] is None else f"{row['error']:.4g}"  # stopped before it reported any
         reports = f"{row['reports']}, stopped" if row["pruned"] else str(row["reports"])
-        table.add_row(f"{row['rho']:.3g}", f"{row['eta']:.3g}", row["bias"], f"{row['error']:.4g}", reports, again)
+        table.add_row(f"{row['rho']:.3g}", f"{row['eta']:.3g}", row["bias"], error, reports, again)
     return table

@@ -169,7 +169,14 @@ def granulated_kendall(
     mu, g = _signs(measure, "measure"), _signs(gap, "gap")
     n = len(mu)
     _check(n, len(g), confidence, resamples)
+    if not isinstance(hyperparameters, Mapping):
+        raise TypeError(
+            "hyperparameters must be a mapping from names to a value for each model, got "
+            f"{type(hyperparameters).__name__}"
+        )
     for name, values in hyperparameters.items():
+        if not hasattr(values, "__len__"):
+            raise TypeError(f"hyper-parameter {name!r} must have a value for each model, got {type(values).__name__}")
         if len(values) != n:
             raise ValueError(
                 f"hyper-parameter {name!r} must have a value for each of the {n} models, got {len(values)}"

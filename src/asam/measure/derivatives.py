@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_NO_DERIVATIVE = re.compile(r"derivative|differentiat|double backward|reentrant")
+_NO_DERIVATIVE = re.compile(r"derivative|differentiat|double backward|reentrant|donated buffers")
 # What every backward pass runs that is marked so.
 _ONCE = once_differentiable(lambda ctx: None).__code__
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..closures import has_reentrant_checkpoint
 from ..perturbation import Buffers, copies, forget_weights
 from .batches import Piece
 from .derivatives import check_twice_differentiable, differentiated, why_there_is_none
@@ -23,9 +24,15 @@ class Evaluation:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: Callable[[nn.Module, Any], Any], params: list[nn.Parameter], batchnorm: str
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[nn.Module, Any], Any],
+        params: list[nn.Parameter],
+        batchnorm: str,
+        written: list[nn.Parameter],
     ) -> None:
         self._model, self._loss_fn, self._params, self._batchnorm = model, loss_fn, params, batchnorm
+        self._written = written  # parameters that are not moved here, and that the model itself may write to
         self._loss_dtype = torch.float64  # of the last loss
 
     @property
@@ -41,18 +48,25 @@ class Evaluation:
     def __enter__(self) -> Self:
         model = self._model
         devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
-        # with what layers keep for themselves, such as the weight that weight norm has computed
-        self._modules = [(module, module.training, dict(vars(module))) for module in model.modules()]
+        self._modules = [_Module(module) for module in model.modules()]
         with ExitStack() as stack:
             # it restores the grad mode too, so it must not be entered under no_grad
             stack.enter_context(torch.inference_mode(False))
             with torch.no_grad():
                 self._buffers = self._between = Buffers(model.modules())
                 self.weights = copies([param.detach() for param in self._params])
+                self._others = copies([param.detach() for param in self._written])
             self._random = RandomStates(devices)
             _exact_arithmetic(stack, model, {device.type for device in devices} | {"cpu"})
+            everything = list(model.parameters())
+            self._gradients = [(param, param.grad, param.requires_grad) for param in everything]
+            self._hooks = [(hooks, dict(hooks)) for param in everything if (hooks := param._backward_hooks)]
             stack.callback(self._restore)
-            for module, _, _ in self._modules:
+            for param in everything:  # of a loss that takes gradients itself
+                param.grad = None
+            for hooks, _ in self._hooks:  # what they make of a gradient is the training's
+                hooks.clear()
+            for module in model.modules():
                 # the attribute, not eval(): some models merge weights there
                 module.training = self._batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm)
             self._stack = stack.pop_all()
@@ -118,6 +132,11 @@ class Evaluation:
         with torch.enable_grad():
             for piece in pieces:
                 loss, _ = self._call(piece)
+                if require_use and has_reentrant_checkpoint(loss):
+                    raise ValueError(
+                        "the loss has no gradient of parameters behind torch.utils.checkpoint with use_reentrant=True: "
+                        "checkpoint with use_reentrant=False"
+                    )
                 try:
                     grads = torch.autograd.grad(loss, self._params, allow_unused=True)
                 except RuntimeError as error:
@@ -169,6 +188,11 @@ class Evaluation:
             self._gather(total, product)
         return products
 
+    def changed(self) -> list[nn.Parameter]:
+        """The parameters that are not moved here, and that the model itself has written to."""
+        pairs = zip(self._written, self._others, strict=True)
+        return [param for param, value in pairs if not torch.equal(param.detach(), value)]
+
     def _call(self, piece: Piece) -> tuple[Tensor, Mapping[str, Any]]:
         result = self._loss_fn(self._model, piece.batch)
         loss, others = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
@@ -206,18 +230,43 @@ class Evaluation:
             raise
 
     def _bring_back(self) -> None:
+        for module in self._modules:
+            module.restore()
         self.move(None)
         with torch.no_grad():
+            for param, value in zip(self._written, self._others, strict=True):
+                param.data.copy_(value)
             self._buffers.restore(versions=False)
         self._random.restore()
-        for module, training, attributes in self._modules:
-            module.training = training
-            for name in vars(module).keys() - attributes.keys():
-                delattr(module, name)
-            vars(module).update(attributes)
+        for param, grad, required in self._gradients:
+            param.grad = grad
+            param.requires_grad_(required)
+        for hooks, functions in self._hooks:
+            hooks.update(functions)
 
     def _restore_buffers(self) -> None:
         self._between.restore(versions=False)
+
+
+class _Module:
+    """A layer as it was, with what it keeps for itself, such as the weight that weight norm has computed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._training, self._attributes = module, module.training, dict(vars(module))
+        names = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+        # those of a TorchScript module are of another kind, and none are added there
+        held = [each for name in names if isinstance(each := getattr(module, name, None), dict | set)]
+        self._held: list[tuple[Any, set[str]]] = [(each, set(each)) for each in held]
+
+    def restore(self) -> None:
+        """Bring back its mode and attributes, and take off what has been registered since."""
+        self._module.training = self._training
+        for name in vars(self._module).keys() - self._attributes.keys():
+            delattr(self._module, name)
+        vars(self._module).update(self._attributes)
+        for each, names in self._held:
+            for name in set(each) - names:
+                each.discard(name) if isinstance(each, set) else each.pop(name)
 
 
 def all_of(params: Sequence[Tensor]) -> Tensor:

@@ -124,6 +124,9 @@ def gibbs_certificate(
     missing = [name for name in objective.params if name not in prior]
     if missing:
         raise ValueError(f"prior lacks the parameter {missing[0]!r}")
+    for name in objective.params:
+        if not isinstance(prior[name], Tensor):
+            raise TypeError(f"prior must hold tensors, got {type(prior[name]).__name__} for {name!r}")
     before = {name: prior[name].detach() for name in objective.params}
     errors = []
     with objective.evaluation() as evaluation:

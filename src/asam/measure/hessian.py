@@ -42,8 +42,11 @@ class HessianOperator:
         """The product with a vector (k,), or with every column of a matrix (k, n) in one pass over the data.
 
         Raises:
-            ValueError: the vector has another length, or autograd cannot differentiate the gradient of the loss.
+            TypeError: the vector is no tensor.
+            ValueError: it has another length, or autograd cannot differentiate the gradient of the loss.
         """
+        if not isinstance(vector, Tensor):
+            raise TypeError(f"a product takes a torch tensor, got {type(vector).__name__}: for NumPy use as_scipy()")
         if vector.ndim not in (1, 2) or vector.shape[0] != self.shape[0]:
             raise ValueError(
                 f"a product takes a vector of shape ({self.shape[0]},) or a matrix of such columns, "
@@ -74,7 +77,8 @@ class HessianOperator:
         from scipy.sparse.linalg import LinearOperator
 
         def product(array: Any) -> Any:
-            return self.matvec(torch.tensor(array, dtype=self.dtype, device=self.device)).cpu().numpy()
+            vector = torch.tensor(array.copy(), dtype=self.dtype, device=self.device)  # torch takes no negative strides
+            return self.matvec(vector).cpu().numpy()
 
         numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=numpy_dtype)

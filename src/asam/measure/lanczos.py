@@ -42,7 +42,7 @@ class Eigenvalues:
     Attributes:
         values: in float64, the largest (not the largest in magnitude) first.
         vectors: their eigenvectors, one a row, shape (number, k).
-        residuals: ``||A v - value v||``: an eigenvalue of A is no further from the value than this.
+        residuals: ``||A v - value v||``: up to rounding, an eigenvalue of A is no further from the value than this.
         converged: every residual is at most ``tol`` times the largest magnitude of an eigenvalue found.
         matvecs: products taken.
 

@@ -80,8 +80,8 @@ class LossPlane:
 def random_direction(objective: Objective, *, seed: int = 0) -> dict[str, Tensor]:
     """A random direction, filter-normalized: each of its filters has the norm of the weights' filter.
 
-    A filter is what one output needs: a row of a linear layer, an output channel of a convolution. Parameters of fewer
-    than two dimensions (biases, normalization) stay where they are.
+    A filter is a slice of the first dimension: a row of a linear layer, an output channel of a convolution (an input
+    channel of a transposed one). Parameters of fewer than two dimensions (biases, normalization) stay where they are.
 
     Example:
         >>> model = nn.Linear(2, 1)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..kernels import wide
+
 
 def normalized_logits(logits: Tensor) -> Tensor:
     """Logits (..., classes) centered and divided by their standard deviation over the classes, for each example.
@@ -14,7 +16,8 @@ def normalized_logits(logits: Tensor) -> Tensor:
         >>> normalized_logits(torch.tensor([[3.0, 5.0]])), normalized_logits(torch.tensor([[30.0, 50.0]]))
         (tensor([[-1.,  1.]]), tensor([[-1.,  1.]]))
     """
-    centered = logits - logits.mean(dim=-1, keepdim=True)
+    centered = wide(logits)  # squares of half precision would be 0 or inf
+    centered = centered - centered.mean(dim=-1, keepdim=True)
     variance = centered.square().mean(dim=-1, keepdim=True)
     # inside the root, which has no gradient at 0
-    return centered / variance.clamp(min=torch.finfo(logits.dtype).tiny).sqrt()
+    return (centered / variance.clamp(min=torch.finfo(centered.dtype).tiny).sqrt()).to(logits.dtype)

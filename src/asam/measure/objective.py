@@ -75,7 +75,8 @@ class Objective:
         self.batchnorm = batchnorm
         random = RandomStates({param.device for param in model.parameters()})
         try:  # a DataLoader draws a seed
-            self.pieces = pieces_of(data)
+            with torch.inference_mode(False):
+                self.pieces = pieces_of(data)
         finally:
             random.restore()
         self.examples = sum(piece.size for piece in self.pieces)
@@ -91,6 +92,10 @@ class Objective:
         for name, param in self.params.items():
             if not param.is_floating_point():
                 raise TypeError(f"parameter {name!r} has dtype {param.dtype}: only real floating point is supported")
+        if not any(param.numel() for param in self.params.values()):
+            raise ValueError("the parameters have no elements: there is nothing to perturb")
+        measured = {id(param) for param in self.params.values()}
+        self._written = [param for param in model.parameters() if id(param) not in measured]
         self._check()
 
     def loss(self, perturbation: Mapping[str, Tensor] | Tensor | None = None) -> float:
@@ -110,8 +115,19 @@ class Objective:
             return self.named(evaluation.loss_and_gradient(self.pieces)[1])
 
     def evaluation(self) -> Evaluation:
-        """A context in which the model may be moved and evaluated; at its end everything is as it was."""
-        return Evaluation(self.model, self.loss_fn, list(self.params.values()), self.batchnorm)
+        """A context in which the model may be moved and evaluated; at its end everything is as it was.
+
+        Raises:
+            ValueError: the model has other parameters than when this was made.
+        """
+        present = {id(param) for param in self.model.parameters()}
+        for name, param in self.params.items():
+            if id(param) not in present:
+                raise ValueError(
+                    f"the model has another parameter than {name!r} when the Objective was made, as after "
+                    "load_state_dict(..., assign=True): make the Objective again"
+                )
+        return Evaluation(self.model, self.loss_fn, list(self.params.values()), self.batchnorm, self._written)
 
     def scales(self, geometry: Geometry, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """T of a geometry as one vector, at the model's weights or at others."""
@@ -163,6 +179,7 @@ class Objective:
             eps = torch.finfo(gradient.dtype).eps
             first = [evaluation.means([piece])["loss"] for piece in self.pieces]
             again = [evaluation.means([piece])["loss"] for piece in reversed(self.pieces)]
+            written = evaluation.changed()
         for one, two in zip(first, reversed(again), strict=True):
             same = one == two or abs(one - two) <= 100 * eps * max(abs(one), abs(two))
             if not same and not (math.isnan(one) and math.isnan(two)):
@@ -170,6 +187,7 @@ class Objective:
                     f"the loss is not deterministic: the same batch gave {one:.9g}, then {two:.9g}; switch off "
                     "dropout, augmentation and sampling in loss_fn"
                 )
+        self._written = written  # the others need no copy from now on
 
 
 def check_objective(objective: object) -> None:

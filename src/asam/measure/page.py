@@ -150,7 +150,7 @@ def _lines_plot(lines: Mapping[str, LossLine], axis: str, mean: str, methods: Ma
             go.Scatter(
                 x=line.positions.tolist(),
                 y=[value if abs(value) < float("inf") else None for value in line.values[mean].tolist()],
-                name=name,
+                name=escape(name),
                 line={"color": styled[name][0], "dash": ("solid", "dash", "dot", "dashdot")[styled[name][1]]},
                 hovertemplate="%{x:.3g}: %{y:.4g}",
             )

@@ -42,7 +42,9 @@ class WorstCaseSharpness:
             mean that there is no higher point elsewhere.
         evaluations: forward and backward passes over the data (for m-sharpness the most of any batch); each restart
             takes one forward pass besides.
-        noise_floor: what rounding alone may make of ``value``; a smaller value means nothing.
+        noise_floor: what rounding of the weights and the loss may make of ``value``; a smaller value means nothing.
+            Rounding inside the network comes on top: with cross entropy near 0, whose logits are far larger, it may
+            be ten times as much.
         perturbation: the worst e, a tensor per parameter; None for m-sharpness.
 
     Example:
@@ -303,7 +305,7 @@ def _result(
         base_loss=base,
         perturbed_loss=base + value,
         history=history,
-        converged=quarter > 0 and value - history[-1 - quarter] <= 0.01 * value,
+        converged=quarter > 0 and (value == history[-1 - quarter] or value - history[-1 - quarter] <= 0.01 * value),
         evaluations=max(group.evaluations[i] for group in groups),
         noise_floor=mean([group.rounding for group in groups], sizes),
         rho=float(rho),
