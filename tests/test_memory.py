@@ -9,9 +9,9 @@ import pytest
 import torch
 from slow_reference import applied, assert_near, assert_same, gradient, gradients, maximizer, weights
 from torch import nn
-from trainings import DIRECTIONS, REMEMBERING, Training
+from trainings import DIRECTIONS, REMEMBERING, Training, remembered
 
-from asam import SAM, Gradient, Momentum
+from asam import ASAM, SAM, Gradient, Momentum
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -302,3 +302,44 @@ def test_a_bad_number_of_calls(calls, error):
     with pytest.raises(error, match=r"^calls must be an integer >= 0, got"):
         asam.load_state_dict({"rho": 0.1, "calls": calls, "mean": {}})
     assert asam.rho == 0.05
+
+
+WRAPPERS = {
+    "plain": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "both": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.mark.parametrize("loaded", WRAPPERS)
+@pytest.mark.parametrize("saved", WRAPPERS)
+def test_a_memory_is_loaded_however_the_model_is_wrapped(saved, loaded):
+    def made(wrapper):
+        model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 1))
+        return model, ASAM(WRAPPERS[wrapper](model), direction=Momentum(), params=["0.weight", "1.bias"])
+
+    model, asam = made(saved)
+    asam.backward(lambda: model(torch.ones(4, 3)).square().mean())
+    other, resumed = made(loaded)
+    assert remembered(resumed) == {}
+    resumed.load_state_dict(asam.state_dict())
+    assert_same(remembered(resumed), remembered(asam))
+    assert list(remembered(resumed)) == ["0.weight", "1.bias"]
+    resumed.backward(lambda: other(torch.ones(4, 3)).square().mean())
+    assert resumed.loss_at == "w + e"
+
+
+def test_names_that_would_be_the_same_are_left():
+    model = nn.ModuleDict({"module": nn.Linear(2, 1), "other": nn.ModuleDict({"_orig_mod": nn.Linear(2, 1)})})
+    model["other"].weight = nn.Parameter(torch.ones(1, 2))
+    asam = ASAM(model, direction=Momentum())
+    assert list(asam.state_dict()["mean"]) == [name for name, _ in model.named_parameters()]
+
+
+def test_there_is_a_place_for_every_mean_that_may_come():
+    model = nn.Sequential(nn.Linear(3, 2, dtype=torch.bfloat16).requires_grad_(False), nn.Linear(2, 1))
+    asam = ASAM(model, direction=Gradient(mean=1.0), rounding="stochastic")
+    places = asam.state_dict()["mean"]
+    assert {name: place.shape for name, place in places.items()} == {"1.weight": (1, 2), "1.bias": (1,)}
+    assert all(place.isnan().all() and not place.requires_grad for place in places.values())

@@ -45,7 +45,12 @@ class Training:
         return loss
 
     def memory(self):
-        return self.asam.state_dict()["mean"]
+        return remembered(self.asam)
+
+
+def remembered(asam):
+    """The means that there are."""
+    return {name: value for name, value in asam.state_dict()["mean"].items() if not value.isnan().all()}
 
 
 def add_(model, perturbations, factor=1):

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .checks import check_count, check_number, warn
 from .closures import unit_of
 from .kernels import HALF, wide
+from .parameters import bare_names
 from .sharding import groups, local, summed, widest
 
 # Where torch's optimizers, and those built like them, keep a mean of their gradients.
@@ -67,13 +69,23 @@ class Mean:
 
         return lambda tensor: beside(tensor.device, tensor.dtype)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The means by the parameters' names, copies."""
+    def state_dict(self, params: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The means of these parameters by their names, copies; nan for those that have none yet.
+
+        So there is a place for each mean, which torch.distributed.checkpoint needs to load it into.
+        """
         values = {} if self._empty is not None and self._empty else self.values
-        return {"mean": {name: value.clone() for name, value in values.items()}}
+        bare = bare_names(params)
+        return {
+            "mean": {
+                bare[name]: values[name].clone() if name in values else torch.full_like(wide(param.detach()), math.nan)
+                for name, param in params.items()
+                if name in values or (param.requires_grad and not is_lazy(param))
+            }
+        }
 
     def load(self, values: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> None:
-        """Take copies of saved means of these parameters.
+        """Take copies of the saved means that there are, of these parameters, whatever the model is wrapped in.
 
         Raises:
             TypeError: it is not a mapping to floating-point tensors.
@@ -81,6 +93,9 @@ class Mean:
         """
         if not isinstance(values, Mapping) or not all(isinstance(value, Tensor) for value in values.values()):
             raise TypeError("state_dict's mean must be a mapping from names to tensors")
+        ours = {short: name for name, short in bare_names(params).items()}
+        theirs = bare_names(values)
+        values = {ours.get(theirs[name], name): value for name, value in values.items()}
         for name, value in values.items():
             if name not in params:
                 raise ValueError(f"state_dict has a mean for {name!r}, which is not a perturbed parameter")
@@ -91,7 +106,11 @@ class Mean:
                 )
             if not value.is_floating_point():
                 raise TypeError(f"state_dict has a mean of {value.dtype} for {name!r}, not of a floating-point type")
-        self.values = {name: wide(value.detach()).to(params[name].device, copy=True) for name, value in values.items()}
+        self.values = {
+            name: wide(value.detach()).to(params[name].device, copy=True)
+            for name, value in values.items()
+            if not value.numel() or summed([(~local([value])[0].isnan()).sum()], [groups(value)])
+        }
         self._empty = None
 
 
@@ -172,9 +191,9 @@ class Gradient:
         self._memory.update(names, grads)
         return directions
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, params: Mapping[str, Tensor]) -> dict[str, Any]:
         """The memory, if there is one."""
-        return self._memory.state_dict() if self.remembers else {}
+        return self._memory.state_dict(params) if self.remembers else {}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` gave."""
@@ -300,9 +319,9 @@ class Momentum:
         with torch.no_grad():
             self._memory.update(names, in_units(grads, units))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, params: Mapping[str, Tensor]) -> dict[str, Any]:
         """The memory, if there is one, and the number of calls."""
-        return {"calls": self._calls, **(self._memory.state_dict() if self.remembers else {})}
+        return {"calls": self._calls, **(self._memory.state_dict(params) if self.remembers else {})}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], params: Mapping[str, Tensor]) -> None:
         """Take up what :meth:`state_dict` gave."""

@@ -342,7 +342,7 @@ class ASAM:
 
     def state_dict(self) -> dict[str, Any]:
         """What changes during training: ``rho``, and a memory of the direction. The geometry is the constructor's."""
-        return {"rho": self.rho, **self._direction.state_dict()}
+        return {"rho": self.rho, **self._direction.state_dict(self._params)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take up the state of :meth:`state_dict`.

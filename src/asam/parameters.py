@@ -50,6 +50,15 @@ def weight_parameters(model: nn.Module) -> list[nn.Parameter]:
     return [param for param in model.parameters() if param.ndim >= 2]
 
 
+def bare_names(names: Iterable[str]) -> dict[str, str]:
+    """Names without what DistributedDataParallel and torch.compile put before them, as long as they differ."""
+    names = list(names)
+    bare = {name: name.replace("_orig_mod.", "") for name in names}
+    if all(name.startswith("module.") for name in bare.values()):
+        bare = {name: short.removeprefix("module.") for name, short in bare.items()}
+    return bare if len(set(bare.values())) == len(names) else {name: name for name in names}
+
+
 def selected_parameters(model: nn.Module, params: Iterable[str | Tensor] | None) -> dict[str, nn.Parameter]:
     """The model's parameters by name, each once, those given by name or as tensors if ``params`` is not None."""
     named = dict(model.named_parameters())
@@ -60,7 +69,9 @@ def selected_parameters(model: nn.Module, params: Iterable[str | Tensor] | None)
     if not isinstance(params, Iterable):
         raise TypeError(f"params must be an iterable of names or parameters, got {type(params).__name__}")
     names = {id(param): name for name, param in named.items()}
-    aliases = {name: names[id(param)] for name, param in model.named_parameters(remove_duplicate=False)}
+    everything = dict(model.named_parameters(remove_duplicate=False))
+    bare = bare_names(everything)
+    aliases = {alias: names[id(param)] for name, param in everything.items() for alias in (name, bare[name])}
     chosen = set()
     for item in params:
         if isinstance(item, str):

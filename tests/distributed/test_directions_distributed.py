@@ -307,12 +307,10 @@ def assert_resumes_from(rank, folder):
 
     second = parts()
     model, optimizer, asam = second
-    # nothing is remembered yet: places for what is to be loaded
-    places = {name: torch.zeros_like(param) for name, param in model.named_parameters()}
     state = {
         "model": model.state_dict(),
         "optimizer": get_optimizer_state_dict(model, optimizer),
-        "asam": {**asam.state_dict(), "mean": places},
+        "asam": asam.state_dict(),
     }
     dcp.load(state, checkpoint_id=folder)
     model.load_state_dict(state["model"])

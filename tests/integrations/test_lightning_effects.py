@@ -1,7 +1,10 @@
 """Lightning: what the second pass must not do twice, steps that are skipped, exceptions."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning_problem import Module, amp, batches, by_hand, fit, loader, trainer
 from slow_reference import assert_same
@@ -47,6 +50,65 @@ def test_two_passes_and_each_hook_once():
     backward = ["on_before_backward", "on_after_backward"]
     first = [0, "on_before_zero_grad", backward[0], 0, backward[1], ["extra", "loss"]]
     assert module.notes == [*first, 1, backward[0], 1, backward[1], "on_before_optimizer_step", ["extra", "loss"]]
+
+
+@dataclass
+class Pair:
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+class Changing(Module):
+    """Changes its batch, or what is in it, in the way that most do."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def training_step(self, batch, batch_idx):
+        if self.kind == "dict in a list":
+            inner = batch[0]
+            inner["x"] = inner["x"] / 4
+            inner.pop("id", None)
+            return self.loss((inner["x"], batch[1]))
+        if self.kind == "object":
+            batch.x = batch.x / 4
+            return self.loss((batch.x, batch.y))
+        x, y = batch
+        return self.loss((x / 4, y if isinstance(y, torch.Tensor) else next(iter(y))))
+
+
+@pytest.mark.parametrize("kind", ["dict in a list", "object", "generator"])
+def test_both_passes_get_the_batch_as_it_was(kind):
+    make = {
+        "dict in a list": lambda x, y: [{"x": x, "id": 1}, y],
+        "object": Pair,
+        "generator": lambda x, y: (x, iter([y, y])),
+    }[kind]
+    data = batches(4)
+    expected = fit(Changing("plain"), SharpnessAware(), data=data, epochs=1)
+    assert_same(fit(Changing(kind), SharpnessAware(), data=[make(x, y) for x, y in data], epochs=1), expected)
+
+
+class Asking(Module):
+    """Writes where the logger says."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = []
+
+    def training_step(self, batch, batch_idx):
+        logger = self.logger
+        self.said.append((logger.name, logger.version, logger.save_dir, logger.log_dir, self.trainer.logger.root_dir))
+        return self.loss(batch)
+
+
+def test_a_logger_says_the_same_in_both_passes(tmp_path):
+    module = Asking()
+    fit(module, SharpnessAware(), epochs=1, logger=CSVLogger(tmp_path, "ours"))
+    first, again, *_ = module.said
+    assert first == again
+    assert first[3] == str(tmp_path / "ours" / "version_0")
 
 
 class InPlace(Metric):

@@ -6,13 +6,14 @@ once more for the descent pass. All else is Lightning's own.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import LBFGS
+from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 
 from ..checks import check_rho
@@ -22,10 +23,10 @@ from ..parameters import selected_parameters
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.loggers.logger import DummyLogger
+    from lightning.pytorch.loggers.logger import DummyLogger, Logger
 except ImportError:  # the same package under its older name
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]
-    from pytorch_lightning.loggers.logger import DummyLogger  # type: ignore[assignment]
+    from pytorch_lightning.loggers.logger import DummyLogger, Logger  # type: ignore[assignment]
 
 
 class SharpnessAware(Callback):
@@ -171,7 +172,7 @@ def _step_again(
     asam: ASAM, step: Callable[..., Any], trainer: Trainer, pl_module: LightningModule, args: Iterable[Any]
 ) -> Callable[[], Tensor]:
     """A closure that computes the loss as Lightning is about to: from the same batch and random state."""
-    args = [copy(arg) if isinstance(arg, MutableMapping | list) else arg for arg in args]  # a step may take it apart
+    args = tree_map(_copied, list(args))  # a step may take it apart
     before = asam._random_state() if asam.replay_rng else None
 
     def again() -> Tensor:
@@ -189,12 +190,35 @@ def _step_again(
     return again
 
 
+def _copied(leaf: Any) -> Any:
+    """What is no tensor, list or dict, such as a dataclass, as an object of its own where it can be copied."""
+    if isinstance(leaf, Tensor):
+        return leaf
+    try:
+        return copy(leaf)
+    except TypeError:  # a generator
+        return leaf
+
+
 def _scaler(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     """Stand in for ``log``: one function for all steps, since a compiled ``training_step`` is compiled for each."""
+
+
+class _Silent(DummyLogger):
+    """Logs nothing, and says of itself what the logger says in whose place it is."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("name", "version", "save_dir", "root_dir", "log_dir"):
+            return getattr(self._logger, name)
+        return super().__getattribute__(name)
 
 
 @contextmanager
@@ -208,7 +232,7 @@ def _unnoticed(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
             states = {k: v.clone() if isinstance(v, Tensor) else list(v) for k, v in metric.metric_state.items()}
             stack.enter_context(_replaced(metric, **{**vars(metric), **states}))
         stack.callback(setattr, trainer, "loggers", loggers)
-        trainer.loggers = [DummyLogger() for _ in loggers]
+        trainer.loggers = [_Silent(logger) for logger in loggers]
         yield
 
 
