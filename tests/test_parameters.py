@@ -4,6 +4,7 @@ import pytest
 import torch
 from slow_reference import applied, assert_near, assert_same, gradient, maximizer, shapes_problem, weights
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from asam import ASAM, norm_parameters, weight_parameters
 
@@ -41,6 +42,25 @@ def test_a_tied_parameter_by_either_name():
     ]
     assert_same(*seen)
     assert not torch.equal(seen[0]["0.weight"], model[0].weight)
+
+
+WRAPPED = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "checkpointed within": lambda model: nn.Sequential(checkpoint_wrapper(model[0]), *model[1:]),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_by_the_names_that_the_model_has_without_a_wrapper(wrap):
+    wrapped = wrap(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)))
+    own = [name for name, _ in wrapped.named_parameters()]
+    assert "0.weight" not in own
+    inputs = torch.randn(5, 3)
+    for names in (["0.weight"], own[:1]):
+        _, seen = applied(ASAM(wrapped, params=names), wrapped, lambda: wrapped(inputs).square().mean())
+        moved = [not torch.equal(seen[name], value) for name, value in weights(wrapped).items()]
+        assert moved == [True, False, False, False]
 
 
 class LlamaRMSNorm(nn.Module):

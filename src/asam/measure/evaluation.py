@@ -240,7 +240,8 @@ class Evaluation:
         self._random.restore()
         for param, grad, required in self._gradients:
             param.grad = grad
-            param.requires_grad_(required)
+            if param.requires_grad != required:
+                param.requires_grad_(required)
         for hooks, functions in self._hooks:
             hooks.update(functions)
 
