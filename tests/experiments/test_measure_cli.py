@@ -315,6 +315,16 @@ def test_a_negative_loss_has_no_logarithm(asam, tmp_path):
     assert not (tmp_path / "asam-landscape").exists()
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_a_checkpoint_of_a_wrapped_model(asam, tmp_path, prefix):
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    torch.save({f"{prefix}{name}": value for name, value in model.state_dict().items()}, tmp_path / "weights.pt")
+    asked = ["measure", "weights.pt", "--model", "own:make", "--json", *QUICK]
+    loss = json.loads(asam(*asked)[1])["training"]["loss"]
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    assert json.loads(asam(*asked)[1])["training"]["loss"] == loss
+
+
 def test_what_the_user_named_is_printed_as_it_is(asam, tmp_path):
     _, out, err = asam("measure", "own:ok", *QUICK)
     assert out.startswith("own:ok: 50 parameters, ")

@@ -101,6 +101,8 @@ def test_what_cannot_be_is_refused(monkeypatch):
         build("cnn", (1, 28, 28), 10, dropout=0.1)
     with pytest.raises(InputError, match="vgg19-bn needs images of 16x16 or more, got 8x8"):
         build("vgg19-bn", (1, 8, 8), 10)
+    with pytest.raises(InputError, match="vit needs images of 2x2 or more, got 1x1"):
+        build("vit", (3, 1, 1), 10)
     with pytest.raises(InputError, match="only mlp and cnn can be rescaled, not Vgg19"):
         rescale_(build("vgg19-bn", (1, 28, 28), 10), 2.0)
     monkeypatch.setitem(sys.modules, "pytorchcv.models.wrn_cifar", None)

@@ -36,8 +36,9 @@ def build(model: str, input_shape: tuple[int, ...], classes: int, dropout: float
         raise InputError(f"there is no network {model!r}; there are {', '.join(NAMES)}")
     if dropout and model != "mlp":
         raise InputError(f"only the mlp has dropout, not {model}")
-    if model not in SMALL and min(input_shape[1:]) < 16:
-        raise InputError(f"{model} needs images of 16x16 or more, got {input_shape[1]}x{input_shape[2]}")
+    least = 16 if model not in SMALL else 2 if model == "vit" else 1
+    if min(input_shape[1:]) < least:
+        raise InputError(f"{model} needs images of {least}x{least} or more, got {input_shape[1]}x{input_shape[2]}")
     if model == "mlp":
         return _mlp(math.prod(input_shape), classes, dropout)
     if model == "cnn":

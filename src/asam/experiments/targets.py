@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from ..measure import Objective, normalized_logits
 from ..measure.batches import first
+from ..parameters import bare_names
 from . import InputError, tasks
 from .checkpoints import tensors
 from .run import as_run, read_run
@@ -204,7 +205,9 @@ def _checkpoint(path: Path) -> Mapping[str, Any]:
 
 
 def _load_weights(model: nn.Module, state: Mapping[str, Any]) -> None:
+    ours = {short: name for name, short in bare_names(model.state_dict()).items()}  # whatever either is wrapped in
+    renamed = {ours.get(short, name): state[name] for name, short in bare_names(state).items()}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(renamed)
     except (RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"the checkpoint does not fit the model: {' '.join(str(error).split())[:300]}") from None
