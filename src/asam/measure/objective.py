@@ -25,10 +25,10 @@ class Objective:
     list of strings it is its length, and a batch without tensors is one example.
 
     The model is evaluated in eval mode, with autocast and TF32 off, and without the hooks on parameters, which may clip
-    or scale gradients. No measurement changes the model, its buffers,
-    attributes, gradients or mode, or the random state of torch, NumPy and Python, also when it fails. (What `forward`
-    writes into a list or a tensor that is no buffer stays, and a DataLoader draws from a generator of its own.) The
-    weights are those that the model has at the time of each measurement, of the same parameters.
+    or scale gradients. No measurement changes the model, its buffers, attributes, gradients or mode, or the random
+    state of torch, NumPy and Python, also when it fails. (What `forward` writes into a list or a tensor that is no
+    buffer stays, and a DataLoader draws from a generator of its own.) The weights are those that the model has at the
+    time of each measurement, of the same parameters.
 
     Args:
         model: the network.
