@@ -313,3 +313,19 @@ def test_a_sparse_gradient_at_w_plus_e_alone_is_refused():
             ascent=lambda: model[1](torch.ones(2, 3)).square().mean(),
         )
     assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"backward": torch.Tensor.backward}])
+def test_ctrl_c_while_gradients_are_set_aside_loses_none(arguments, monkeypatch):
+    training = Training(combine=weighted)
+    training.loss(1).backward()
+    earlier = gradients(training.model)
+
+    def interrupted(params):
+        params[0].grad = None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("asam.passes._clear", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        training.asam.backward(lambda: training.loss(0), **arguments)
+    assert_same(gradients(training.model), earlier)

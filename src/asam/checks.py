@@ -35,7 +35,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def warn(message: str) -> None:
-    """Warn, at the line that has called this library."""
+    """Warn, at the line that has called this library; ``skip_file_prefixes`` for that is of Python 3.12."""
     frame, level = sys._getframe(1), 2
     while frame.f_back and frame.f_globals.get("__name__", "").startswith((f"{__package__}.", "contextlib")):
         frame, level = frame.f_back, level + 1

@@ -15,6 +15,7 @@ import pytest
 
 from asam.experiments import compare, report
 from asam.experiments.cli import run
+from asam.experiments.run import Run
 
 SMALL = ["--seeds", "2", "--epochs", "2"]
 
@@ -238,3 +239,13 @@ def test_page_in_a_browser(finished, browser, width):
         ".map(e => e.textContent)"
     )
     assert overflowing == []
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("asam.experiments.files.os.fsync", full)
+    with pytest.raises(OSError, match=r"sgd\.pt"):
+        compare._one(Run("sgd", epochs=1), tmp_path / "sgd")
+    assert not list(tmp_path.iterdir())

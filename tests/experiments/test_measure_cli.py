@@ -104,14 +104,14 @@ def uncopied():
     return model, loss_fn, data
 
 def failing():
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-        @staticmethod
-        def backward(ctx, grad):
-            raise RuntimeError("of the user's own making")
-    return make()[0], lambda model, batch: Fails.apply(model(batch[0])).square().mean(), make()[2]
+    def fail(grad):
+        raise RuntimeError("of the user's own making")
+    def loss_fn(model, batch):
+        loss = model(batch[0]).square().mean()
+        if loss.requires_grad:
+            loss.register_hook(fail)
+        return loss
+    return make()[0], loss_fn, make()[2]
 
 def negative():
     return make()[0], lambda model, batch: model(batch[0]).square().mean() - 9, make()[2]

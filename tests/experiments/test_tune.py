@@ -9,9 +9,11 @@ import time
 from statistics import fmean
 from types import SimpleNamespace
 
+import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 
-from asam.experiments import tuning
+from asam.experiments import InputError, search, tuning
 from asam.experiments.cli import run as command_line
 
 OWN = """
@@ -356,3 +358,20 @@ def test_what_is_refused_with_force_costs_no_results(tune, tmp_path):
     assert tune("own:missing", *arguments[1:]).code == 2
     assert (tmp_path / "out" / "tune.json").read_bytes() == before
     assert tune(*arguments).code == 0
+
+
+@pytest.mark.parametrize(
+    ("cause", "told"),
+    [(StorageInternalError("disk full"), InputError), (ValueError("of another kind"), AssertionError)],
+)
+def test_a_fault_of_the_storage_at_the_end_of_a_trial_is_told_as_one(cause, told, tmp_path, monkeypatch):
+    def optimize(study, objective, n_trials):
+        try:
+            raise cause
+        except Exception:
+            raise AssertionError("Should not reach.")  # noqa: B904 - as Optuna does
+
+    monkeypatch.setattr(optuna.Study, "optimize", optimize)
+    tuned = search.Search("own:quiet")
+    with pytest.raises(told), search.opened_study(tuned, f"sqlite:///{tmp_path}/a.db") as study:
+        search.searched(tuned, study, lambda choice, seed, report: None, set())

@@ -64,21 +64,6 @@ def test_a_frozen_parameter_by_name():
         make(model, params=["layers.0.weight"])
 
 
-class Fails(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError("there is no derivative of it")
-
-
-class Failing(nn.Module):
-    def forward(self, x):
-        return Fails.apply(x)
-
-
 class Leaf(nn.Module):
     def forward(self, x):
         return x.clone().requires_grad_(True)
@@ -90,9 +75,16 @@ class Reentrant(nn.Module):
 
 
 def test_a_loss_whose_backward_pass_fails():
-    model = nn.Sequential(nn.Linear(4, 4), Failing(), nn.Linear(4, 3)).double()
+    def fail(grad):
+        raise RuntimeError("there is no derivative of it")
+
+    def loss_fn(model, batch):
+        loss = cross_entropy(model, batch)
+        loss.register_hook(fail)
+        return loss
+
     with pytest.raises(ValueError, match=r"^the loss has no gradient: there is no derivative of it$"):
-        make(model)
+        make(Net(), loss_fn)
 
 
 @pytest.mark.parametrize("detached", [False, True])
