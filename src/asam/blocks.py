@@ -1,11 +1,11 @@
 """The maximizer of a geometry, computed in blocks.
 
 A block is one large tensor, a slice of one that stays in the cache, or many small tensors laid end to end. The norm is
-the product of the largest magnitude and the norm in units of it, so it neither underflows nor overflows. Nothing here
-reads a value back from the device.
+the product of a unit, such as the largest magnitude, and the norm in it, so it neither underflows nor overflows.
+Nothing here reads a value back from an accelerator.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, NamedTuple
@@ -13,20 +13,32 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import HALF, compiled, factors, measured, measured_and_copied, move_, moved, rounded, wide
+from .kernels import (
+    HALF,
+    at_hand,
+    compiled,
+    factors,
+    measured,
+    measured_and_copied,
+    move_,
+    moved,
+    rounded,
+    scaled_norm,
+    wide,
+)
 from .layout import common_order, flat, laid_out, put_back, views
 from .native import NativeBlock
 from .norms import DualNorm, together
 
-# Elements in a block: what stays in the cache of each core that works on it; on an accelerator, what bounds the scratch
-# memory.
-CPU_BLOCK = 2**16
+# Elements in a block: few enough to stay in the caches of each core that works on it, enough that starting operations
+# takes little of the time; on an accelerator, what bounds the scratch memory.
+CPU_BLOCK = 2**17
 ACCELERATOR_BLOCK = 2**24
 # Elements in a block that compiled code works on: it has no scratch memory, and a call of it costs as much as 2**16.
 COMPILED_BLOCK = 2**20
 # A tensor of more elements than this part of a block is one of its own: to lay it beside others would take longer than
 # it saves. Compiled code has more work for those.
-CPU_ALONE, ACCELERATOR_ALONE, COMPILED_ALONE = 4, 16, 32
+CPU_ALONE, ACCELERATOR_ALONE, COMPILED_ALONE = 8, 16, 32
 # Elements in a tensor that take as long to copy three times as a view of it takes to make.
 FEW = 2**12
 # Blocks of fewer elements gain nothing from being compiled for.
@@ -143,6 +155,7 @@ class Block:
         self._target = self._param if in_place else laid_out(self.targets)
         # computed in; what is in half precision in float32
         self._dtype = torch.float32 if self._param.dtype in HALF else self._param.dtype
+        self._is_plain = False  # whether T g may be multiplied as it is
         self._saved: list[Tensor] = []
         self._spare: Tensor | None = None
         self._stochastic = execution.stochastic and self._param.dtype in HALF
@@ -176,17 +189,27 @@ class Block:
         return scale, None
 
     def largest_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
-        """The largest ``|T g|`` and ``||T g / max |T g| ||_q``: two numbers that neither underflow nor overflow."""
+        """A unit, and ``||T g||_q`` in it: two numbers that neither underflow nor overflow."""
+        if q == 2 and self._order is None and self._param.is_cpu:  # where nothing waits for a number to be read
+            norm = scaled_norm(self._param, self._grad, *self._scale())
+            self._is_plain = at_hand(norm) is not None
+            if self._is_plain:
+                return norm, torch.ones_like(norm)
         kernel = measured if self._order is None or len(self.targets) > 1 else measured_and_copied
         largest, norm, *copy = self._run(kernel, self._param, self._grad, *self._scale(), q)
         self._saved = [same.as_strided(self.targets[0].shape, self.targets[0].stride()) for same in copy]
         return largest, norm
 
+    def _factors(self) -> Sequence[Tensor] | float:
+        factor = at_hand(self.factors[0]) if self._is_plain and self.factors[0].is_cpu else None
+        if factor is not None:
+            return factor**2
+        return [factor.to(self._param.device, self._dtype, non_blocking=True) for factor in self.factors]
+
     def move(self) -> None:
         """Add the perturbation ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)`` to the targets in place, rounding once."""
-        factors = [factor.to(self._param.device, self._dtype, non_blocking=True) for factor in self.factors]
         base = None if self._target is self._param else self._target
-        arguments = (base, self.sign, self._param, self._grad, *self._scale(), self.q, factors)
+        arguments = (base, self.sign, self._param, self._grad, *self._scale(), self.q, self._factors())
         if len(self.targets) == 1 and not self._stochastic:
             self._run(move_, *arguments)
             return

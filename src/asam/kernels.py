@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .checks import warn
 
 HALF = (torch.float16, torch.bfloat16)
+# Numbers between these can be squared, and their squares summed, in float32.
+SMALL, LARGE = 1e-10, 1e10
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -28,27 +30,38 @@ def nonzero(magnitude: Tensor) -> Tensor:
     return magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
 
 
+def at_hand(number: Tensor) -> float | None:
+    """The value of a number on the CPU, None if it is too small or too large, or a fake of torch's tracers."""
+    if type(number) is not Tensor:
+        return None
+    value = number.item()
+    return value if SMALL < value < LARGE else None
+
+
+def scaled_norm(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None) -> Tensor:
+    """``||T g||_2``, as it comes: it may have under- or overflowed. T is as :func:`measured` takes it."""
+    return norm_(_scaled(param, grad, scale, eta), 2)
+
+
 def measured(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None, q: float) -> Any:
     """The largest ``|T g|`` and ``||T g / max |T g| ||_q``.
 
     T is ``scale``, which is written to, or |w| + eta, or 1 if both are None.
     """
-    scale = _scale(param, scale, eta)
-    scaled = wide(grad) if scale is None else scale.mul_(wide(grad))
+    scaled = _scaled(param, grad, scale, eta)
     low, high = torch.aminmax(scaled)
     largest = nonzero(torch.maximum(high, -low))
-    in_units = scaled * largest.reciprocal() if scale is None else scaled.mul_(largest.reciprocal())
+    in_units = scaled * largest.reciprocal() if scaled is grad else scaled.mul_(largest.reciprocal())
     return largest, norm_(in_units, q)
 
 
 def norm_(vector: Tensor, q: float) -> Tensor:
     """``||v||_q`` for a finite q; the powers of the elements must not overflow. Where q is not 2, v is written over.
 
-    torch's own is off by 1e-4 then, in float32 on the CPU, and takes twice as long.
+    In float32 on the CPU torch's own is off by 1e-4; sums are right, since they are made pairwise.
     """
     if q == 2:
-        norm: Tensor = torch.linalg.vector_norm(vector, q)
-        return norm
+        return vector.square().sum().sqrt() if vector.is_cpu else torch.linalg.vector_norm(vector)
     return vector.abs_().sum() if q == 1 else vector.abs_().pow_(q).sum().pow(1 / q)
 
 
@@ -64,26 +77,37 @@ def factors(q: float, rho: float, largest: Tensor, norm: Tensor) -> tuple[Tensor
 
 
 def perturbation(
-    param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None, q: float, factors: Sequence[Tensor]
-) -> tuple[Tensor, Tensor | None]:
-    """``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``, with T as :func:`measured` takes it: a tensor, or two to multiply."""
+    param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None, q: float, factors: Sequence[Tensor] | float
+) -> tuple[float, Tensor, Tensor | None]:
+    """``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)``: a number and a tensor, or two, to multiply.
+
+    T is as :func:`measured` takes it. For q = 2 the factors may be one number, the square of the factor.
+    """
     grad = wide(grad)
     scale = _scale(param, scale, eta)
+    if isinstance(factors, float):
+        return factors, grad if scale is None else grad * scale, scale
     if q == 2:
         if scale is None:
-            return (grad * factors[0]).mul_(factors[0]), None
+            return 1, (grad * factors[0]).mul_(factors[0]), None
         scale *= factors[0]
-        return grad * scale, scale
+        return 1, grad * scale, scale
     scaled = grad.clone() if scale is None else grad * scale
     if q == 1:
-        return scaled.sign_().mul_(factors[0]), scale
+        return 1, scaled.sign_().mul_(factors[0]), scale
     rho, unit, norm = factors
     scaled.mul_(unit).div_(norm)
-    return scaled.abs().pow_(q - 1).mul_(rho).copysign_(scaled), scale
+    return 1, scaled.abs().pow_(q - 1).mul_(rho).copysign_(scaled), scale
 
 
 def _scale(param: Tensor, scale: Tensor | None, eta: float | None) -> Tensor | None:
     return scale if eta is None else wide(param).abs().add_(eta)
+
+
+def _scaled(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None) -> Tensor:
+    """T g, the gradient itself where T is 1."""
+    scale = _scale(param, scale, eta)
+    return wide(grad) if scale is None else scale.mul_(wide(grad))
 
 
 def measured_and_copied(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None, q: float) -> Any:
@@ -93,9 +117,11 @@ def measured_and_copied(param: Tensor, grad: Tensor, scale: Tensor | None, eta: 
 
 def moved(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> Tensor:
     """The base, the parameter itself if None, plus or minus its :func:`perturbation`, in float32 at least."""
-    e, scale = perturbation(param, *arguments)
+    number, e, scale = perturbation(param, *arguments)
     base = wide(param if base is None else base)
-    return torch.add(base, e, alpha=sign) if scale is None else torch.addcmul(base, e, scale, value=sign)
+    if scale is None:
+        return torch.add(base, e, alpha=sign * number)
+    return torch.addcmul(base, e, scale, value=sign * number)
 
 
 def move_(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> None:
@@ -104,11 +130,11 @@ def move_(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> Non
     if base.dtype in HALF:
         base.copy_(moved(base, sign, param, *arguments))
         return
-    e, scale = perturbation(param, *arguments)
+    number, e, scale = perturbation(param, *arguments)
     if scale is None:
-        base.add_(e, alpha=sign)
+        base.add_(e, alpha=sign * number)
     else:
-        base.addcmul_(e, scale, value=sign)
+        base.addcmul_(e, scale, value=sign * number)
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

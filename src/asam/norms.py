@@ -49,7 +49,7 @@ def vector_norm(vector: Tensor, p: float = 2) -> Tensor:
 
 
 def _norm(vector: Tensor, p: float) -> Tensor:
-    return norm_(vector if p == 2 else vector.clone(), p)
+    return torch.linalg.vector_norm(vector) if p == 2 else norm_(vector.clone(), p)
 
 
 def safe_norm(vector: Tensor, p: float) -> Tensor:

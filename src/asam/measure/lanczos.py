@@ -16,6 +16,7 @@ from torch import Tensor
 from ..checks import check_count, check_number
 from ..norms import vector_norm
 from .draws import generator_of
+from .vectors import inner
 
 
 class Operator(Protocol):
@@ -217,7 +218,7 @@ def _lanczos(operator: Operator, *seed: int) -> Iterator[tuple[Tensor, float, fl
             index += 1
         basis.append(vector)
         product = operator.matvec(vector)
-        alpha = float(torch.dot(product, vector))
+        alpha = float(inner(product, vector))
         rest = _orthogonal(product, basis)
         beta = float(vector_norm(rest))
         if not math.isfinite(alpha + beta):
@@ -231,7 +232,7 @@ def _lanczos(operator: Operator, *seed: int) -> Iterator[tuple[Tensor, float, fl
 def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
     for _ in range(2):
         for other in basis:
-            vector = vector - torch.dot(vector, other) * other  # autocast would round in @
+            vector = vector - inner(vector, other) * other
     return vector
 
 
