@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asam import Geometry
-from asam.norms import norms
+from asam.norms import norms, vector_norm
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -63,3 +63,10 @@ def test_small_numbers_in_half_precision_do_not_vanish(normalization, dtype):
 def test_the_norm_of_no_elements():
     nothing = {"a": torch.empty(0, 3)}
     assert Geometry().norm(nothing, nothing) == 0
+
+
+@pytest.mark.parametrize("size", [1000, 2**16, 3_000_000])
+def test_of_a_vector_in_single_precision(size):
+    """Squares added up one after the other would be off by 1e-5 and more."""
+    for vector in (torch.full((size,), 1.1), torch.rand(size, generator=torch.Generator().manual_seed(0)) + 1):
+        assert vector_norm(vector).item() == pytest.approx(vector.double().norm().item(), rel=5e-7)

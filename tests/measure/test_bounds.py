@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from scipy.optimize import brentq
@@ -174,3 +175,15 @@ def test_an_explanation_says_what_was_counted_and_is_never_certain():
     assert "with probability 1 - 1e-07 the error" in holdout_bound(1, 100, delta=1e-7).explain()
     bound = sam_bound(0.3, weight_norm=1.0, k=10, n=10**6, rho=1.0, delta=1e-9)
     assert "with probability 1 - 1e-09 over the sample" in bound.explain()
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.int64])
+def test_numbers_of_few_bits_are_computed_with_as_any(kind):
+    n = kind(50_000)
+    k = kind(30_000)
+    exact = {"weight_norm": 300.0, "rho": 0.5}
+    few = {name: np.float16(value) for name, value in exact.items()}
+    assert sam_bound(0.25, k=k, n=n, **few) == sam_bound(0.25, k=30_000, n=50_000, **exact)
+    asam = asam_bound(np.float16(0.25), k=k, n=n, eta=np.float16(0.125), **few)
+    assert asam == asam_bound(0.25, k=30_000, n=50_000, eta=0.125, **exact)
+    assert holdout_bound(kind(300), n) == holdout_bound(300, 50_000)

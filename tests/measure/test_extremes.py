@@ -314,3 +314,21 @@ def test_the_noise_floor_is_that_of_a_loss_of_lower_precision(rho):
         true, found = (measure(objective, rho, geometry=geometry) for objective in (exact, coarse))
         assert abs(found.value - true.value) < 3 * found.noise_floor
         assert 1e-9 < found.noise_floor < 1e-6
+
+
+@pytest.mark.parametrize("p", [2, 3, math.inf])
+@pytest.mark.parametrize(
+    ("dtype", "rho"),
+    [(torch.float32, rho) for rho in (1e-46, 1e-44, 1e-30, 3e19, 1e30)]
+    + [(torch.float64, rho) for rho in (1e-320, 1e-155, 1e155, 1e300)],
+)
+def test_sizes_at_the_ends_of_floating_point(dtype, rho, p):
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(8, 5, dtype=dtype), torch.randint(3, (8,))
+    objective = Objective(nn.Linear(5, 3).to(dtype), cross_entropy, [(inputs, targets)])
+    result = worst_case_sharpness(objective, rho, geometry=Geometry("none", p=p))
+    if rho < 1:
+        assert 0 <= result.value <= 1e-9
+    else:  # far out the loss is linear along a ray
+        nearer = worst_case_sharpness(objective, 1e6, geometry=Geometry("none", p=p)).value
+        assert result.value >= 0.99 * nearer * (rho / 1e6)

@@ -1,5 +1,6 @@
 """The way between two models, what measuring leaves behind, and the files that landscapes are kept in."""
 
+import copy
 import itertools
 import math
 
@@ -273,3 +274,50 @@ def test_parametrized_layers_are_the_same():
     model, other = (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))).double() for _ in range(2))
     line = interpolate(objective_of(model), other, points=2)
     assert line.values["loss"][1] == objective_of(other).loss()
+
+
+class Scaled(nn.Module):
+    """A layer with a buffer that is not in the state dict."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+def test_buffers_that_are_not_in_the_state_dict():
+    one, other = Scaled(1.0), Scaled(3.0)
+    data = [(torch.randn(6, 5), torch.randint(3, (6,)))]
+    objective = Objective(one, cross_entropy, data)
+    assert interpolate(objective, other, points=2).values["loss"][1] == Objective(other, cross_entropy, data).loss()
+    assert one.scale == 1
+    there = copy.deepcopy(one)
+    there.load_state_dict(other.state_dict())
+    line = interpolate(objective, other.state_dict(), points=2)
+    assert line.values["loss"][1] == Objective(there, cross_entropy, data).loss()
+
+
+def test_interpolation_sees_no_cached_weights():
+    models = [nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), nn.Tanh()) for _ in range(2)]
+    inputs = torch.randn(6, 5)
+    objective = Objective(models[0], cross_entropy, [(inputs, torch.randint(3, (6,)))])
+    expected = interpolate(objective, models[1], points=3).values["loss"]
+    with nn.utils.parametrize.cached():
+        models[0](inputs)
+        assert torch.equal(interpolate(objective, models[1], points=3).values["loss"], expected)
+
+
+def test_refuses_to_load_a_broken_or_a_wordy_archive(tmp_path):
+    path = tmp_path / "landscape.npz"
+    LINE.save(path)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"NUMPY") + 100] ^= 0xFF  # in the first array
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"landscape\.npz is not an npz file"):
+        LossLine.load(path)
+    np.savez(path, positions=np.array(["a", "b"]))
+    with pytest.raises(ValueError, match=r"landscape\.npz holds something else than numbers"):
+        LossLine.load(path)

@@ -60,3 +60,9 @@ def test_in_half_precision(scale):
     half = normalized_logits(logits.half())
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), normalized_logits(logits), rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-25, 1e20, 1e37])
+def test_of_any_size_in_single_precision(scale):
+    logits = torch.tensor([[1.0, 2.0, 4.0]]) * scale
+    torch.testing.assert_close(normalized_logits(logits), normalized_logits(torch.tensor([[1.0, 2.0, 4.0]])))

@@ -457,3 +457,50 @@ def test_hooks_of_a_training_have_no_part_in_a_measurement():
     assert all(param.grad.abs().max() <= 1e-3 for param in model.parameters())
     handles[0].remove()
     assert not next(iter(model.parameters()))._backward_hooks
+
+
+class Observing(nn.Module):
+    """A range that is kept as a frozen parameter, as quantizers do: it grows where the outputs do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.top = nn.Linear(4, 3), nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, x):
+        outputs = self.layer(x)
+        self.top.data.copy_(torch.maximum(self.top, outputs.detach().abs().max()))
+        return outputs / self.top
+
+
+def test_what_the_model_writes_away_from_the_weights_alone():
+    model, batch = Observing(), (torch.randn(8, 4), torch.randint(3, (8,)))
+    model(batch[0])
+    top = model.top.item()
+    objective = Objective(model, cross_entropy, [batch])
+    found = [average_sharpness(objective, 0.5, geometry=Geometry("none")).value for _ in range(2)]
+    assert found[0] == found[1]
+    assert model.top.item() == top
+
+
+class Replacing(nn.Module):
+    """Sets a parameter and a layer anew in every call, and registers a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.gain, self.act = nn.Linear(4, 3), nn.Parameter(torch.ones(()), requires_grad=False), nn.Tanh()
+
+    def forward(self, x):
+        self.gain, self.act = nn.Parameter(self.gain.detach().clone(), requires_grad=False), nn.Tanh()
+        self.act.register_forward_hook(lambda *_: None)
+        self.head.register_forward_hook(lambda *_: None)
+        return self.head(self.act(x)) * self.gain
+
+
+def test_parameters_layers_and_hooks_that_are_set_anew():
+    model = Replacing()
+    gain, act = model.gain, model.act
+    objective = Objective(model, cross_entropy, [(torch.randn(6, 4), torch.randint(3, (6,)))])
+    worst_case_sharpness(objective, 0.1, geometry=GEOMETRY, steps=2)
+    assert (model.gain, model.act) == (gain, act)
+    assert [name for name, _ in model.named_children()] == ["head", "act"]
+    assert not model.head._forward_hooks

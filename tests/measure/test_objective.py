@@ -250,3 +250,35 @@ def test_batch_norm(batchnorm):
             logits = (hidden - mean) / (variance + model[1].eps).sqrt()
             losses.append(nn.functional.cross_entropy(logits, y).item() * len(y))
     assert objective.loss() == pytest.approx(sum(losses) / 12, rel=1e-12)
+
+
+def test_a_loss_that_takes_gradients_itself():
+    """A penalty on the slope along the inputs, as of a network that solves a differential equation."""
+    model = nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    calls = []
+
+    def loss_fn(model, inputs):
+        calls.append(torch.is_grad_enabled())
+        inputs = inputs.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        return (slope - 1).square().mean()
+
+    data = [torch.randn(3, 2, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)]
+    objective = Objective(model, loss_fn, data)
+    expected = sum(loss_fn(model, batch) * len(batch) for batch in data) / 7
+    assert objective.loss() == pytest.approx(expected.item(), rel=1e-12)
+    calls.clear()
+    result = worst_case_sharpness(objective, 0.1, geometry=Geometry(eta=0.0), steps=3)
+    assert result.value == pytest.approx(objective.loss(result.perturbation) - objective.loss(), rel=1e-9)
+    e = {name: value.flatten() for name, value in result.perturbation.items()}
+    assert (hessian(objective) @ torch.cat(list(e.values()))).isfinite().all()
+
+
+def test_another_error_of_the_loss_without_a_graph_is_told():
+    def loss_fn(model, inputs):
+        if not torch.is_grad_enabled():
+            raise RuntimeError("boom")
+        return model(inputs).square().mean()
+
+    with pytest.raises(RuntimeError, match="boom"):
+        Objective(nn.Linear(2, 1), loss_fn, [torch.randn(3, 2)])

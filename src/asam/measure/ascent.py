@@ -72,12 +72,16 @@ def project_(u: Tensor, p: float, rho: float) -> Tensor:
 
 def onto_sphere_(u: Tensor, p: float, rho: float) -> Tensor:
     """Stretched or shrunk to the p-norm ``rho``, in a box cut off; u is written over."""
-    return u.clamp_(-rho, rho) if p == math.inf else u.mul_(rho / float(safe_norm(u, p)))
+    if p == math.inf:
+        return u.clamp_(-rho, rho)
+    size = float(safe_norm(u, p))
+    return u.mul_(rho / size) if size else u  # so small that it has become 0
 
 
 def random_on_sphere(movable: Tensor, p: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """A random vector of p-norm 1, which is 0 where ``movable`` is False."""
-    z = torch.randn(movable.shape, generator=generator, dtype=torch.float32).to(movable.device, dtype).where(movable, 0)
+    z = torch.randn(movable.shape, generator=generator, dtype=torch.float32, device="cpu").to(movable.device, dtype)
+    z = z.where(movable, 0)
     return z / safe_norm(z, p).clamp(min=1e-30)
 
 

@@ -126,7 +126,8 @@ def asam_bound(
         (0.632, False)
     """
     check_number("eta", eta, "a finite number >= 0", lambda eta: 0 <= eta < math.inf)
-    return _sharpness_bound("ASAM", perturbed_loss, weight_norm, k, n, rho, eta * rho, delta)
+    check_number("rho", rho, "a finite number > 0", lambda rho: 0 < rho < math.inf)
+    return _sharpness_bound("ASAM", perturbed_loss, weight_norm, k, n, rho, float(eta) * float(rho), delta)
 
 
 def holdout_bound(errors: int, n: int, *, delta: float = 0.05) -> HoldoutBound:
@@ -151,6 +152,7 @@ def holdout_bound(errors: int, n: int, *, delta: float = 0.05) -> HoldoutBound:
     check_count("errors", errors, 0)
     if errors > n:
         raise ValueError(f"errors must be at most n = {n}, got {errors}")
+    errors, n = int(errors), int(n)  # those of NumPy may be of few bits
     _check_delta(delta)
     value = 1.0 if errors == n else _largest(lambda p: _log_binomial_cdf(errors, n, p) >= math.log(delta))
     return HoldoutBound(value, errors / n, value >= 1, delta, n)
@@ -181,6 +183,9 @@ def _sharpness_bound(
     check_count("k", k, 1)
     check_count("n", n, 2)
     _check_delta(delta)
+    # those of NumPy may be of few bits
+    perturbed_loss, weight_norm, rho, r, delta = map(float, (perturbed_loss, weight_norm, rho, r, delta))
+    k, n = int(k), int(n)
     ratio = math.inf if r == 0 else (weight_norm / r) * (weight_norm / r)
     norm_term = k * math.log1p(ratio * (1 + math.sqrt(math.log(n) / k)) ** 2)
     confidence_term, grid_term = 4 * math.log(n / delta), 8 * math.log(6 * n + 3 * k)
@@ -199,7 +204,7 @@ def _kl(q: float, p: float) -> float:
 
 def _log_binomial_cdf(errors: int, n: int, p: float) -> float:
     """Log P(Binomial(n, p) <= errors) for 0 < p < 1."""
-    i = torch.arange(errors + 1, dtype=torch.float64)
+    i = torch.arange(errors + 1, dtype=torch.float64, device="cpu")
     choose = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
     return float(torch.logsumexp(choose + i * math.log(p) + (n - i) * math.log1p(-p), dim=0))
 

@@ -92,14 +92,14 @@ def kendall(
     n = len(mu)
     _check(n, len(g), confidence, resamples)
     product, mu_apart, g_apart = mu * g, mu.abs(), g.abs()
-    different = 1 - torch.eye(n, dtype=torch.float64)
+    different = 1 - torch.eye(n, dtype=torch.float64, device="cpu")
 
     def taus(counts: Tensor) -> tuple[Tensor, Tensor]:
         agreement = _pairs(counts, product)
         spread = (_pairs(counts, mu_apart) * _pairs(counts, g_apart)).sqrt()
         return agreement / _pairs(counts, different), agreement / spread
 
-    tau_a, tau_b = (float(tau) for tau in taus(torch.ones(1, n, dtype=torch.float64)))
+    tau_a, tau_b = (float(tau) for tau in taus(_once(n)))
     resampled_a, resampled_b = taus(_resamples(n, resamples, seed))
     return Kendall(tau_a, tau_b, _interval(resampled_a, confidence), _interval(resampled_b, confidence), n, confidence)
 
@@ -133,7 +133,7 @@ def kendall_difference(
 
         return tau(signs[0]) - tau(signs[1])
 
-    estimate = float(differences(torch.ones(1, len(g), dtype=torch.float64)))
+    estimate = float(differences(_once(len(g))))
     return estimate, _interval(differences(_resamples(len(g), resamples, seed)), confidence)
 
 
@@ -195,10 +195,10 @@ def granulated_kendall(
                 for members, different in settings
             ]
             # a setting that a resample leaves with a single value is not counted
-            found[name] = torch.stack(taus).nanmean(dim=0) if taus else torch.full((len(counts),), math.nan)
+            found[name] = torch.stack(taus).nanmean(dim=0) if taus else counts.new_full((len(counts),), math.nan)
         return found
 
-    psi = psis(torch.ones(1, n, dtype=torch.float64))
+    psi = psis(_once(n))
     resampled = psis(_resamples(n, resamples, seed))
     return GranulatedKendall(
         psi={name: float(value) for name, value in psi.items()},
@@ -220,9 +220,10 @@ def _groups(name: str, hyperparameters: Mapping[str, Sequence[Any]]) -> list[tup
         members.setdefault(others, []).append(model)
     groups = []
     for indices in members.values():
-        different = torch.tensor([[float(values[i] != values[j]) for j in indices] for i in indices]).double()
+        apart = [[float(values[i] != values[j]) for j in indices] for i in indices]
+        different = torch.tensor(apart, dtype=torch.float64, device="cpu")
         if different.any():
-            groups.append((torch.tensor(indices), different))
+            groups.append((torch.tensor(indices, device="cpu"), different))
     return groups
 
 
@@ -235,7 +236,8 @@ def _plain(value: Any) -> Any:
 def _signs(values: Sequence[float], name: str) -> Tensor:
     """sign(value_i - value_j); an infinite value ties with itself."""
     try:  # tensors, arrays and columns of a table have tolist()
-        v = torch.tensor(values.tolist() if hasattr(values, "tolist") else list(values), dtype=torch.float64)
+        numbers = values.tolist() if hasattr(values, "tolist") else list(values)
+        v = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError):
         raise TypeError(f"{name} must be a sequence of numbers, got {type(values).__name__}") from None
     if v.ndim != 1 or v.isnan().any():
@@ -248,16 +250,20 @@ def _pairs(counts: Tensor, matrix: Tensor) -> Tensor:
     return ((counts @ matrix) * counts).sum(dim=1)
 
 
+def _once(n: int) -> Tensor:
+    """Each model counted once."""
+    return torch.ones(1, n, dtype=torch.float64, device="cpu")
+
+
 def _resamples(n: int, resamples: int, seed: int) -> Tensor:
-    drawn = torch.randint(n, (resamples, n), generator=generator_of(seed, 0))
-    return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(
-        1, drawn, torch.ones(resamples, n, dtype=torch.float64)
-    )
+    drawn = torch.randint(n, (resamples, n), generator=generator_of(seed, 0), device="cpu")
+    ones = torch.ones_like(drawn, dtype=torch.float64)
+    return torch.zeros_like(ones).scatter_add_(1, drawn, ones)
 
 
 def _interval(values: Tensor, confidence: float) -> Interval:
     tail = (1 - confidence) / 2
-    low, high = values.double().nanquantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = values.double().nanquantile(values.new_tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 

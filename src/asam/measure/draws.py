@@ -32,7 +32,7 @@ def generator_of(seed: int, *index: int) -> torch.Generator:
     if isinstance(seed, bool) or not isinstance(seed, Integral):
         raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
     digest = hashlib.blake2b(repr((int(seed), *index)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def draw(like: Tensor, seed: int, index: int, noise: str) -> Tensor:
@@ -42,9 +42,9 @@ def draw(like: Tensor, seed: int, index: int, noise: str) -> Tensor:
     """
     generator = generator_of(seed, index)
     if noise == "normal":
-        z = torch.randn(like.shape, generator=generator, dtype=torch.float32)
+        z = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
     elif noise == "uniform":
-        z = torch.rand(like.shape, generator=generator, dtype=torch.float32) * 2 - 1
+        z = torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu") * 2 - 1
     else:
-        z = torch.randint(0, 2, like.shape, generator=generator) * 2.0 - 1
+        z = torch.randint(0, 2, like.shape, generator=generator, device="cpu") * 2.0 - 1
     return z.to(like)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from numbers import Real
+from operator import is_
 from typing import Any, Self
 
 import torch
@@ -30,10 +31,14 @@ class Evaluation:
         params: list[nn.Parameter],
         batchnorm: str,
         written: list[nn.Parameter],
+        look: bool,
     ) -> None:
         self._model, self._loss_fn, self._params, self._batchnorm = model, loss_fn, params, batchnorm
-        self._written = written  # parameters that are not moved here, and that the model itself may write to
+        # parameters that are not moved here, and that the model itself may write to: brought back after each piece, or
+        # at the end only, to look which of them it writes to
+        self._written, self._look = written, look
         self._loss_dtype = torch.float64  # of the last loss
+        self._differentiates = False  # whether the loss takes gradients itself
 
     @property
     def eps(self) -> float:
@@ -97,9 +102,10 @@ class Evaluation:
         return [part.to(weight.device) for part, weight in zip(views(vector, self._params), self.weights, strict=True)]
 
     def put(self, state: Mapping[str, Tensor]) -> None:
-        """Give parameters and buffers these values, by their names in the state dict."""
+        """Give parameters and buffers these values, by their names in the model."""
+        forget_weights()
         with torch.no_grad():
-            tensors = self._model.state_dict(keep_vars=True)
+            tensors = {**dict(self._model.named_buffers()), **self._model.state_dict(keep_vars=True)}
             for name, value in state.items():
                 tensors[name].data.copy_(value)
             self._between = Buffers(self._model.modules())
@@ -109,7 +115,7 @@ class Evaluation:
         totals: dict[str, Any] = {}
         with torch.no_grad():
             for piece in pieces:
-                loss, others = self._call(piece)
+                loss, others = self._without_graph(piece)
                 values = {"loss": loss, **others}
                 if totals and set(values) != set(totals):
                     raise ValueError(
@@ -118,7 +124,7 @@ class Evaluation:
                 for name, value in values.items():
                     scalar = value.detach().double() if isinstance(value, Tensor) else float(value)
                     totals[name] = totals.get(name, 0.0) + scalar * piece.size
-                self._restore_buffers()
+                self._restore_between()
         examples = sum(piece.size for piece in pieces)
         return {name: float(total) / examples for name, total in totals.items()}
 
@@ -150,7 +156,7 @@ class Evaluation:
                 losses.append(loss.detach())
                 _accumulate(totals, grads, piece.size / examples)
                 del loss, grads
-                self._restore_buffers()
+                self._restore_between()
         self._gather(totals, gradient)
         values = torch.stack(losses).tolist()
         return sum(value * piece.size for value, piece in zip(values, pieces, strict=True)) / examples, gradient
@@ -183,7 +189,7 @@ class Evaluation:
                     else:  # the loss is linear in the parameters
                         second = (None,) * len(self._params)
                     _accumulate(total, second, piece.size / examples)
-                self._restore_buffers()
+                self._restore_between()
         for total, product in zip(totals, products, strict=True):
             self._gather(total, product)
         return products
@@ -192,6 +198,19 @@ class Evaluation:
         """The parameters that are not moved here, and that the model itself has written to."""
         pairs = zip(self._written, self._others, strict=True)
         return [param for param, value in pairs if not torch.equal(param.detach(), value)]
+
+    def _without_graph(self, piece: Piece) -> tuple[Tensor, Mapping[str, Any]]:
+        """What `_call` returns, with a graph only for a loss that takes gradients itself."""
+        if not self._differentiates:
+            try:
+                return self._call(piece)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+            self._differentiates = True
+            self._restore_between()
+        with torch.enable_grad():
+            return self._call(piece)
 
     def _call(self, piece: Piece) -> tuple[Tensor, Mapping[str, Any]]:
         result = self._loss_fn(self._model, piece.batch)
@@ -233,9 +252,8 @@ class Evaluation:
         for module in self._modules:
             module.restore()
         self.move(None)
+        self._restore_written()
         with torch.no_grad():
-            for param, value in zip(self._written, self._others, strict=True):
-                param.data.copy_(value)
             self._buffers.restore(versions=False)
         self._random.restore()
         for param, grad, required in self._gradients:
@@ -245,8 +263,20 @@ class Evaluation:
         for hooks, functions in self._hooks:
             hooks.update(functions)
 
-    def _restore_buffers(self) -> None:
+    def _restore_between(self) -> None:
+        """Bring back what the model itself has written to."""
         self._between.restore(versions=False)
+        if not self._look:
+            self._restore_written()
+
+    def _restore_written(self) -> None:
+        with torch.no_grad():
+            for param, value in zip(self._written, self._others, strict=True):
+                param.data.copy_(value)
+
+
+# Where a module keeps its parameters, buffers, layers and hooks.
+REGISTRIES = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)]
 
 
 class _Module:
@@ -254,20 +284,22 @@ class _Module:
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._training, self._attributes = module, module.training, dict(vars(module))
-        names = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-        # those of a TorchScript module are of another kind, and none are added there
-        held = [each for name in names if isinstance(each := getattr(module, name, None), dict | set)]
-        self._held: list[tuple[Any, set[str]]] = [(each, set(each)) for each in held]
+        # those of a TorchScript module are of another kind, and nothing is registered there
+        held = [each for name in REGISTRIES if isinstance(each := getattr(module, name, None), dict | set)]
+        self._held: list[tuple[Any, Any]] = [(each, each.copy()) for each in held]
 
     def restore(self) -> None:
-        """Bring back its mode and attributes, and take off what has been registered since."""
+        """Bring back its mode and attributes, and all that is registered: parameters, layers, hooks."""
         self._module.training = self._training
         for name in vars(self._module).keys() - self._attributes.keys():
             delattr(self._module, name)
         vars(self._module).update(self._attributes)
-        for each, names in self._held:
-            for name in set(each) - names:
-                each.discard(name) if isinstance(each, set) else each.pop(name)
+        for each, before in self._held:
+            if isinstance(each, set):
+                each.intersection_update(before)
+            elif not (len(each) == len(before) and all(map(is_, each.values(), before.values()))):
+                each.clear()
+            each.update(before)
 
 
 def all_of(params: Sequence[Tensor]) -> Tensor:

@@ -127,6 +127,8 @@ def gibbs_certificate(
     for name in objective.params:
         if not isinstance(prior[name], Tensor):
             raise TypeError(f"prior must hold tensors, got {type(prior[name]).__name__} for {name!r}")
+        if not prior[name].is_floating_point():
+            raise TypeError(f"prior must hold real floating point, got {prior[name].dtype} for {name!r}")
     before = {name: prior[name].detach() for name in objective.params}
     errors = []
     with objective.evaluation() as evaluation:

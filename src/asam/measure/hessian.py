@@ -42,11 +42,13 @@ class HessianOperator:
         """The product with a vector (k,), or with every column of a matrix (k, n) in one pass over the data.
 
         Raises:
-            TypeError: the vector is no tensor.
+            TypeError: the vector is no tensor, or complex.
             ValueError: it has another length, or autograd cannot differentiate the gradient of the loss.
         """
         if not isinstance(vector, Tensor):
             raise TypeError(f"a product takes a torch tensor, got {type(vector).__name__}: for NumPy use as_scipy()")
+        if vector.is_complex():
+            raise TypeError(f"a product takes a real vector, got {vector.dtype}")
         if vector.ndim not in (1, 2) or vector.shape[0] != self.shape[0]:
             raise ValueError(
                 f"a product takes a vector of shape ({self.shape[0]},) or a matrix of such columns, "
@@ -60,7 +62,7 @@ class HessianOperator:
         self._looked = True
         if self.scales is not None:
             products = products * self.scales
-        return products.T.reshape(vector.shape)
+        return products.T.reshape(vector.shape).to(self.dtype)  # the model may have another since
 
     def __matmul__(self, vector: Tensor) -> Tensor:
         return self.matvec(vector)
@@ -77,10 +79,10 @@ class HessianOperator:
         from scipy.sparse.linalg import LinearOperator
 
         def product(array: Any) -> Any:
-            vector = torch.tensor(array.copy(), dtype=self.dtype, device=self.device)  # torch takes no negative strides
+            vector = torch.tensor(array.copy(), device=self.device)  # torch takes no negative strides
             return self.matvec(vector).cpu().numpy()
 
-        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        numpy_dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return LinearOperator(self.shape, matvec=product, rmatvec=product, matmat=product, dtype=numpy_dtype)
 
 

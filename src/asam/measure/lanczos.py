@@ -195,7 +195,7 @@ def spectral_density(
     width = sigma if sigma is not None else max(0.01 * (high - low), 1e-5 * max(-low, high)) or 1e-3
     if (high - low + 8 * width) / (points - 1) > width:
         raise ValueError(f"sigma = {width:.3g} is below the spacing of a grid of {points} points: take more points")
-    grid = torch.linspace(low - 4 * width, high + 4 * width, points, dtype=torch.float64)
+    grid = torch.linspace(low - 4 * width, high + 4 * width, points, dtype=torch.float64, device="cpu")
     bumps = torch.exp(-0.5 * ((grid[:, None] - node) / width) ** 2) / (width * math.sqrt(2 * math.pi))
     return SpectralDensity(node, weight, grid, bumps @ weight, width, used)
 
@@ -210,9 +210,8 @@ def _lanczos(operator: Operator, *seed: int) -> Iterator[tuple[Tensor, float, fl
     scale, index, vector = 0.0, 0, None
     while len(basis) < size:
         if vector is None:
-            start = torch.randn(size, generator=generator_of(*seed, index), dtype=torch.float32).to(
-                operator.device, operator.dtype
-            )
+            noise = torch.randn(size, generator=generator_of(*seed, index), dtype=torch.float32, device="cpu")
+            start = noise.to(operator.device, operator.dtype)
             vector = _orthogonal(start / vector_norm(start), basis)
             vector = vector / vector_norm(vector)
             index += 1
@@ -237,6 +236,6 @@ def _orthogonal(vector: Tensor, basis: list[Tensor]) -> Tensor:
 
 
 def _tridiagonal(alphas: list[float], betas: list[float]) -> Tensor:
-    diagonal = torch.tensor(alphas, dtype=torch.float64)
-    beside = torch.tensor(betas[:-1], dtype=torch.float64)
+    diagonal = torch.tensor(alphas, dtype=torch.float64, device="cpu")
+    beside = torch.tensor(betas[:-1], dtype=torch.float64, device="cpu")
     return torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)

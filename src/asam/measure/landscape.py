@@ -10,6 +10,7 @@ import math
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,14 +205,16 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
     check_count("points", points, 2)
     if isinstance(other, nn.Module) and (difference := differing_layers(objective.model, other)):
         raise ValueError(f"the models differ in {difference}")
-    end = _state(other)
+    ours, end = _state(objective.model), _state(other)
+    if not isinstance(other, nn.Module):  # a state dict has no others
+        ours = {name: value for name, value in ours.items() if name in objective.model.state_dict()}
     for name, param in objective.model.named_parameters():
         if name not in objective.params and not torch.equal(_entry(end, name, param), param):
             raise ValueError(f"the models differ in {name!r}, which is not one of the parameters that are measured")
-    start = {name: value.clone() for name, value in _state(objective.model).items()}
+    start = {name: value.clone() for name, value in ours.items()}
     end = {name: _entry(end, name, value) for name, value in start.items()}
     differing = [name for name, value in start.items() if not torch.equal(value, end[name])]
-    positions = torch.linspace(0, 1, points, dtype=torch.float64)
+    positions = torch.linspace(0, 1, points, dtype=torch.float64, device="cpu")
     with objective.evaluation() as evaluation:
         means = []
         for t in positions.tolist():
@@ -249,7 +252,7 @@ def _mixed(start: Tensor, end: Tensor, t: float) -> Tensor:
 
 
 def _state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    state = model.state_dict() if isinstance(model, nn.Module) else model
+    state = {**dict(model.named_buffers()), **model.state_dict()} if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
         raise TypeError(f"the other must be a module or its state dict, got {type(model).__name__}")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
@@ -272,14 +275,14 @@ def _grid(name: str, span: tuple[float, float], points: int) -> Tensor:
         raise TypeError(f"{name} must be two numbers, got {span!r}") from None
     if not (all(numbers) and low <= 0 <= high and low < high):
         raise ValueError(f"{name} must be two finite numbers with 0 between them, the smaller one first, got {span}")
-    grid = low + (high - low) * torch.arange(points, dtype=torch.float64) / (points - 1)
+    grid = low + (high - low) * torch.arange(points, dtype=torch.float64, device="cpu") / (points - 1)
     grid[-1] = high
     grid[grid.abs() < 1e-9 * (high - low)] = 0.0
     return grid if (grid == 0).any() else torch.cat([grid, grid.new_zeros(1)]).sort().values
 
 
 def _stacked(means: list[dict[str, float]]) -> dict[str, Tensor]:
-    return {name: torch.tensor([mean[name] for mean in means], dtype=torch.float64) for name in means[0]}
+    return {name: torch.tensor([mean[name] for mean in means], dtype=torch.float64, device="cpu") for name in means[0]}
 
 
 def _save(path: str | Path, axes: dict[str, Tensor], values: dict[str, Tensor]) -> None:
@@ -305,13 +308,14 @@ def _load(path: str | Path, axes: tuple[str, ...]) -> tuple[list[Tensor], dict[s
     try:
         with open(path, "rb") as file:
             loaded = np.load(io.BytesIO(file.read()), allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        arrays = {name: loaded[name] for name in loaded.files}
+    except (ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:  # a lone array has no files
         raise ValueError(f"{path} is not an npz file") from error
-    if not isinstance(loaded, np.lib.npyio.NpzFile):
-        raise ValueError(f"{path} is not an npz file")
-    with loaded as arrays:
-        missing = [name for name in axes if name not in arrays]
-        if missing:
-            raise ValueError(f"{path} has no array {missing[0]!r}")
-        found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    missing = [name for name in axes if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} has no array {missing[0]!r}")
+    try:
+        found = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    except TypeError as error:
+        raise ValueError(f"{path} holds something else than numbers") from error
     return [found.pop(name) for name in axes], found

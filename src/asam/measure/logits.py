@@ -16,8 +16,10 @@ def normalized_logits(logits: Tensor) -> Tensor:
         >>> normalized_logits(torch.tensor([[3.0, 5.0]])), normalized_logits(torch.tensor([[30.0, 50.0]]))
         (tensor([[-1.,  1.]]), tensor([[-1.,  1.]]))
     """
-    centered = wide(logits)  # squares of half precision would be 0 or inf
+    centered = wide(logits)
     centered = centered - centered.mean(dim=-1, keepdim=True)
+    largest = centered.detach().abs().amax(dim=-1, keepdim=True)
+    centered = centered / largest.where(largest > 0, 1)  # so that no square is 0 or inf
     variance = centered.square().mean(dim=-1, keepdim=True)
     # inside the root, which has no gradient at 0
     return (centered / variance.clamp(min=torch.finfo(centered.dtype).tiny).sqrt()).to(logits.dtype)

@@ -15,6 +15,7 @@ from .draws import RandomStates
 from .evaluation import Evaluation, all_of, views
 
 BATCHNORM = ("eval", "train")
+FEW = 2**12  # elements of which a copy costs nothing
 
 
 class Objective:
@@ -27,7 +28,8 @@ class Objective:
     The model is evaluated in eval mode, with autocast and TF32 off, and without the hooks on parameters, which may clip
     or scale gradients. No measurement changes the model, its buffers, attributes, gradients or mode, or the random
     state of torch, NumPy and Python, also when it fails. (What `forward` writes into a list or a tensor that is no
-    buffer stays, and a DataLoader draws from a generator of its own.) The weights are those that the model has at the
+    buffer stays, and what it writes, only away from these weights, into a parameter of more than 4,096 elements that is
+    not measured; and a DataLoader draws from a generator of its own.) The weights are those that the model has at the
     time of each measurement, of the same parameters.
 
     Args:
@@ -128,14 +130,21 @@ class Objective:
                     f"the model has another parameter than {name!r} when the Objective was made, as after "
                     "load_state_dict(..., assign=True): make the Objective again"
                 )
-        return Evaluation(self.model, self.loss_fn, list(self.params.values()), self.batchnorm, self._written)
+        return self._evaluation(look=False)
+
+    def _evaluation(self, *, look: bool) -> Evaluation:
+        params = list(self.params.values())
+        return Evaluation(self.model, self.loss_fn, params, self.batchnorm, self._written, look)
 
     def scales(self, geometry: Geometry, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """T of a geometry as one vector, at the model's weights or at others."""
         if not isinstance(geometry, Geometry):
             raise TypeError(f"geometry must be a Geometry, got {type(geometry).__name__}")
         weights = {name: param.detach() for name, param in self.params.items()} if weights is None else weights
-        return self.flat(geometry.scales(weights))
+        scales = self.flat(geometry.scales(weights))
+        if callable(geometry.normalization) and not scales.isfinite().all():
+            raise ValueError("normalization must return finite scales")
+        return scales
 
     def flat(self, tensors: Mapping[str, Tensor] | Tensor) -> Tensor:
         """One vector of all parameters in their order, from a tensor per parameter (a vector is returned as it is).
@@ -144,6 +153,11 @@ class Objective:
         float32.
         """
         dtype, device = self.like.dtype, self.like.device
+        given = (
+            [tensors] if isinstance(tensors, Tensor) else list(tensors.values()) if isinstance(tensors, Mapping) else []
+        )
+        if any(isinstance(tensor, Tensor) and tensor.is_complex() for tensor in given):
+            raise TypeError("a vector over the parameters must be real, got a complex one")
         if isinstance(tensors, Tensor):
             if tensors.shape != self.like.shape:
                 raise ValueError(
@@ -175,12 +189,12 @@ class Objective:
         return all_of(list(self.params.values()))
 
     def _check(self) -> None:
-        with self.evaluation() as evaluation:
+        with self._evaluation(look=True) as evaluation:
             _, gradient = evaluation.loss_and_gradient(self.pieces[:1], require_use=True)
             eps = torch.finfo(gradient.dtype).eps
             first = [evaluation.means([piece])["loss"] for piece in self.pieces]
             again = [evaluation.means([piece])["loss"] for piece in reversed(self.pieces)]
-            written = evaluation.changed()
+            written = {id(param) for param in evaluation.changed()}
         for one, two in zip(first, reversed(again), strict=True):
             same = one == two or abs(one - two) <= 100 * eps * max(abs(one), abs(two))
             if not same and not (math.isnan(one) and math.isnan(two)):
@@ -188,7 +202,8 @@ class Objective:
                     f"the loss is not deterministic: the same batch gave {one:.9g}, then {two:.9g}; switch off "
                     "dropout, augmentation and sampling in loss_fn"
                 )
-        self._written = written  # the others need no copy from now on
+        # the other large ones need no copy from now on; a small one, such as a range, may be written to elsewhere
+        self._written = [param for param in self._written if id(param) in written or param.numel() <= FEW]
 
 
 def check_objective(objective: object) -> None:

@@ -86,6 +86,8 @@ class Path:
             return None
         known = min(len(self._smooth), len(self._offsets))
         products, changes, slopes = self._products(self._newest, known)
+        if not (products.isfinite().all() and changes.isfinite().all()):  # rho is as large as float32 takes
+            return None
         # an orthonormal basis of the span, without directions so short that rounding would tilt them
         lengths = products.diagonal().sqrt()
         units = lengths.reciprocal().masked_fill_(lengths == 0, 0)
@@ -140,9 +142,9 @@ def _trust_region(values: list[float], g: list[float], rho: float) -> list[float
     for _ in range(NEWTON):
         u = at(mu)
         norm = math.hypot(*u)
-        if norm <= rho * (1 + 1e-12):
-            break
         slope = sum(part**2 / (mu - value) for part, value in zip(u, values, strict=True) if part)
+        if norm <= rho * (1 + 1e-12) or slope == 0:  # squares of tiny numbers are 0
+            break
         mu += norm**2 / slope * (norm - rho) / rho
     rest = math.hypot(*u[:-1])
     if top > 0 and rest < rho:  # mu - top was rounded, or no gradient along the top eigenvector fills the ball
