@@ -332,3 +332,27 @@ def test_sizes_at_the_ends_of_floating_point(dtype, rho, p):
     else:  # far out the loss is linear along a ray
         nearer = worst_case_sharpness(objective, 1e6, geometry=Geometry("none", p=p)).value
         assert result.value >= 0.99 * nearer * (rho / 1e6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_one_flat_way_up_among_steep_ways_down(seed):
+    """Where each step up is held short by curvature a hundred times as large, 50 steps need directions that add up."""
+    generator = torch.Generator().manual_seed(seed)
+    curvatures = -torch.rand(100, generator=generator, dtype=torch.float64)
+    curvatures[0] = 0.01
+    slopes = 1e-3 * torch.randn(100, generator=generator, dtype=torch.float64)
+    model = nn.Linear(100, 1, bias=False).double()
+    nn.init.zeros_(model.weight)
+
+    def loss_fn(model, _):
+        return (model.weight[0] * slopes + model.weight[0].square() * curvatures / 2).sum()
+
+    found = worst_case_sharpness(Objective(model, loss_fn, ONE), 1.0, geometry=Geometry("none"), steps=50)
+    # the maximum is where (mu - curvatures) u = slopes, on the sphere of radius 1
+    low, high = 0.01, 1.0
+    for _ in range(100):
+        mu = (low + high) / 2
+        low, high = (mu, high) if (slopes / (mu - curvatures)).norm() > 1 else (low, mu)
+    u = slopes / (high - curvatures)
+    highest = (slopes @ u + curvatures @ u.square() / 2).item()
+    assert 0.95 * highest <= found.value <= highest * (1 + 1e-9)

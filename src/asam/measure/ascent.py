@@ -4,8 +4,9 @@ In u the ellipsoid of the perturbations is a ball: projecting is exact, and noth
 be 0. The ascent is Auto-PGD (Croce and Hein, 2020, arXiv:2003.01690): steps of length 2 rho, halved at checkpoints
 when too few of them improved, with a momentum of 0.75, and the best point kept. Two things are added, because sharpness
 is taken at minima, where Auto-PGD is slow: while the function is quadratic along the path, which its values and
-gradients show, the momentum is replaced by the exact maximum over the last points; and where the gradient hardly
-counts, the mirrored point is tried once, since a quadratic has its maxima in pairs and only one is the higher one.
+gradients show, momentum and halving are replaced by the exact maximum over the last points; and where the gradient
+hardly counts, the mirrored point is tried once, since a quadratic has its maxima in pairs and only one is the higher
+one.
 """
 
 import math
@@ -145,7 +146,8 @@ def ascend(
         history.append(best.value - origin.value)
         restart = mirrored and point is not best
         if step in checkpoints:
-            halved = improved < SUCCESS * (step - since) or (not halved and best_then >= best.value)
+            few = improved < SUCCESS * (step - since) or (not halved and best_then >= best.value)
+            halved = few and guess is None  # of a quadratic more is known than that, and a restart would forget it
             length = length / 2 if halved else length
             restart = restart or halved
             improved, since, best_then = 0, step, best.value

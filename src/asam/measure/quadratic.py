@@ -44,8 +44,10 @@ class Path:
     """The last points of an ascent, and where the quadratic through them has its maximum in a ball.
 
     With S the points as offsets from the origin, u = 0, and Y = H S the differences of their gradients, a quadratic is
-    known exactly on the span of S: no product with H is needed. The rows of S are the newest point and the steps that
-    led to it, since points that are close to each other would be nearly parallel.
+    known exactly on the span of S: no product with H is needed. The rows of S are the newest point, the last steps that
+    led to it, and the way from it to the last maximum, with which each maximum is one over all directions there were:
+    without it, as in a descent without conjugate directions, a flat way up among steep ways down would take hundreds of
+    steps. (Points themselves, close to each other, would be nearly parallel.)
     """
 
     def __init__(self, origin: Point, length: int) -> None:
@@ -56,19 +58,22 @@ class Path:
         self._rows[0] = origin.gradient
         self._offsets, self._changes = self._rows[1::2], self._rows[2::2]
         self._newest: Point | None = None
+        self._maximum: Maximum | None = None
         self._smooth: list[bool] = []
+        self._known = 0  # rows of S
 
     def restart(self, point: Point) -> None:
         """Forget all points but this one."""
-        self._newest, self._smooth = None, []
+        self._newest, self._maximum, self._smooth = None, None, []
         self.append(point)
 
     def append(self, point: Point) -> None:
         """Go on to a point, and forget the oldest."""
-        before, step = self._origin, point.u
+        before, step, steps = self._origin, point.u, 0
         if self._newest:
             before = self._newest
-            row = 1 + (len(self._smooth) - 1) % (len(self._offsets) - 1)
+            row = 1 + (len(self._smooth) - 1) % self._steps
+            steps = min(len(self._smooth), self._steps)
             step = torch.sub(point.u, before.u, out=self._offsets[row])
         # the trapezoid rule is exact for a quadratic; 2 % and rounding are allowed
         trapezoid = 0.5 * float(step @ before.gradient + step @ point.gradient)
@@ -78,13 +83,26 @@ class Path:
         if smooth and self._newest:
             torch.sub(point.gradient, before.gradient, out=self._changes[row])
         self._smooth.append(smooth)
-        self._newest = point
+        self._newest, self._known = point, 1 + steps
+        if smooth and self._maximum:
+            torch.sub(self._maximum.u, point.u, out=self._offsets[self._known])
+            torch.sub(self._maximum.gradient, point.gradient, out=self._changes[self._known])
+            self._known += 1
+
+    @property
+    def _steps(self) -> int:
+        """How many steps are kept, beside the newest point and the last maximum."""
+        return len(self._offsets) - 2
 
     def maximum(self, rho: float) -> Maximum | None:
         """The maximum in ``||u||_2 <= rho`` and the span, if the function has been quadratic all along the path."""
-        if not self._newest or not all(self._smooth[-len(self._offsets) :]):
+        self._maximum = self._in_span(rho)
+        return self._maximum
+
+    def _in_span(self, rho: float) -> Maximum | None:
+        if not self._newest or not all(self._smooth[-1 - self._steps :]):
             return None
-        known = min(len(self._smooth), len(self._offsets))
+        known = self._known
         products, changes, slopes = self._products(self._newest, known)
         if not (products.isfinite().all() and changes.isfinite().all()):  # rho is as large as float32 takes
             return None
