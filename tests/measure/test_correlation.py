@@ -301,6 +301,7 @@ def test_what_is_no_sequence_of_numbers(values):
     [
         ([1, 2], "^hyperparameters must be a mapping from names to a value for each model, got list$"),
         ({"lr": 3}, "^hyper-parameter 'lr' must have a value for each model, got int$"),
+        ({"lr": [[1], [2]]}, "^hyper-parameter 'lr' must have a number or a name for each model, got a list$"),
     ],
 )
 def test_what_are_no_hyperparameters(hyperparameters, message):

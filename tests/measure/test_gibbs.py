@@ -209,3 +209,6 @@ def test_a_prior_holds_tensors():
     objective = Objective(nn.Linear(2, 1), lambda model, x: (model(x).mean(), {"error": 0.0}), [torch.ones(4, 2)])
     with pytest.raises(TypeError, match=r"^prior must hold tensors, got NoneType for 'weight'$"):
         gibbs_certificate(objective, 1.0, geometry=Geometry("none"), prior={"weight": None, "bias": None})
+    prior = {"weight": torch.ones(1, 2, dtype=torch.long), "bias": torch.ones(1)}
+    with pytest.raises(TypeError, match=r"^prior must hold real floating point, got torch\.int64 for 'weight'$"):
+        gibbs_certificate(objective, 1.0, geometry=Geometry("none"), prior=prior)

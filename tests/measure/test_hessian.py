@@ -342,3 +342,23 @@ def test_what_has_no_products_is_refused():
             TypeError, match=r"^operator must have a matvec, such as hessian\(objective\), got Objective$"
         ):
             function(objective)
+
+
+def test_a_complex_vector_is_refused():
+    operator = hessian(Objective(mlp(), cross_entropy, [examples()]))
+    vector = torch.ones(operator.shape[0], dtype=torch.complex128)
+    for product in (lambda: operator @ vector, lambda: operator.as_scipy() @ vector.numpy()):
+        with pytest.raises(TypeError, match=r"^a product takes a real vector, got torch\.complex128$"):
+            product()
+
+
+def test_the_model_in_another_dtype_since():
+    model = mlp(dtype=torch.float32)
+
+    def loss_fn(model, batch):
+        return cross_entropy(model, (batch[0].to(model[0].weight.dtype), batch[1]))
+
+    operator = hessian(Objective(model, loss_fn, [examples(torch.float32)]))
+    before = top_eigenvalues(operator).values
+    model.double()
+    torch.testing.assert_close(top_eigenvalues(operator).values, before, rtol=1e-4, atol=0)

@@ -259,6 +259,18 @@ def test_what_is_no_perturbation(perturbation):
         net_objective().loss(perturbation)
 
 
+@pytest.mark.parametrize("perturbation", [torch.ones(83) * 1j, {"layers.0.bias": torch.ones(6) * 1j}])
+def test_a_complex_perturbation(perturbation):
+    with pytest.raises(TypeError, match=r"^a vector over the parameters must be real, got torch\.complex64$"):
+        net_objective().loss(perturbation)
+
+
+def test_scales_that_are_not_finite():
+    geometry = Geometry(lambda weight: weight.abs() / 0)
+    with pytest.raises(ValueError, match=r"^normalization must return finite scales$"):
+        worst_case_sharpness(net_objective(), 0.1, geometry=geometry)
+
+
 GEOMETRY = Geometry()
 
 

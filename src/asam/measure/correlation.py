@@ -181,6 +181,10 @@ def granulated_kendall(
             raise ValueError(
                 f"hyper-parameter {name!r} must have a value for each of the {n} models, got {len(values)}"
             )
+        unhashable = [value for value in map(_plain, values) if isinstance(value, list | dict | set)]
+        if unhashable:
+            kind = type(unhashable[0]).__name__
+            raise TypeError(f"hyper-parameter {name!r} must have a number or a name for each model, got a {kind}")
     product = mu * g
     groups = {name: _groups(name, hyperparameters) for name in hyperparameters}
     if not any(groups.values()):

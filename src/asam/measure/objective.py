@@ -153,17 +153,12 @@ class Objective:
         float32.
         """
         dtype, device = self.like.dtype, self.like.device
-        given = (
-            [tensors] if isinstance(tensors, Tensor) else list(tensors.values()) if isinstance(tensors, Mapping) else []
-        )
-        if any(isinstance(tensor, Tensor) and tensor.is_complex() for tensor in given):
-            raise TypeError("a vector over the parameters must be real, got a complex one")
         if isinstance(tensors, Tensor):
             if tensors.shape != self.like.shape:
                 raise ValueError(
                     f"a vector over the parameters must have shape {tuple(self.like.shape)}, got {tuple(tensors.shape)}"
                 )
-            return tensors.to(device, dtype)
+            return _real(tensors).to(device, dtype)
         if not isinstance(tensors, Mapping) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
             raise TypeError(f"expected a vector over the parameters or a tensor for each, got {type(tensors).__name__}")
         for name, tensor in tensors.items():
@@ -174,7 +169,9 @@ class Objective:
                     f"{name!r} must have shape {tuple(self.params[name].shape)}, got {tuple(tensor.shape)}"
                 )
         parts = [
-            tensors[name].detach().reshape(-1).to(device, dtype) if name in tensors else self.like.new_zeros(p.numel())
+            _real(tensors[name]).detach().reshape(-1).to(device, dtype)
+            if name in tensors
+            else self.like.new_zeros(p.numel())
             for name, p in self.params.items()
         ]
         return torch.cat(parts)
@@ -204,6 +201,12 @@ class Objective:
                 )
         # the other large ones need no copy from now on; a small one, such as a range, may be written to elsewhere
         self._written = [param for param in self._written if id(param) in written or param.numel() <= FEW]
+
+
+def _real(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        raise TypeError(f"a vector over the parameters must be real, got {tensor.dtype}")
+    return tensor
 
 
 def check_objective(objective: object) -> None:
