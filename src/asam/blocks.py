@@ -18,6 +18,7 @@ from .kernels import (
     at_hand,
     compiled,
     factors,
+    is_traced,
     measured,
     measured_and_copied,
     move_,
@@ -190,7 +191,7 @@ class Block:
 
     def largest_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_q`` in it: two numbers that neither underflow nor overflow."""
-        if q == 2 and self._order is None and self._param.is_cpu:  # where nothing waits for a number to be read
+        if q == 2 and self._order is None and self._param.is_cpu and not is_traced():  # nothing waits for a number
             norm = scaled_norm(self._param, self._grad, *self._scale())
             self._is_plain = at_hand(norm) is not None
             if self._is_plain:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .checks import warn
@@ -30,8 +31,20 @@ def nonzero(magnitude: Tensor) -> Tensor:
     return magnitude.clamp(min=torch.finfo(magnitude.dtype).tiny)
 
 
+def is_traced() -> bool:
+    """Whether operations are recorded or transformed now, so that a number that is read would be a constant of them."""
+    mode = _get_current_dispatch_mode()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None  # torch.jit
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+        or (mode is not None and mode.is_infra_mode())
+    )
+
+
 def at_hand(number: Tensor) -> float | None:
-    """The value of a number on the CPU, None if it is too small or too large, or a fake of torch's tracers."""
+    """The value of a number on the CPU; None if it is too small or too large, or not a tensor of numbers."""
     if type(number) is not Tensor:
         return None
     value = number.item()
