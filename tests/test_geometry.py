@@ -235,15 +235,6 @@ def test_norm_of_a_large_float32_tensor():
     assert exact_norm(nearer) == pytest.approx(RHO / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-60])
-def test_a_tiny_gradient_in_float64_beside_none_in_float32(size):
-    params = {"single": torch.ones(3), "double": torch.ones(4, dtype=torch.float64)}
-    grads = {"single": torch.zeros(3), "double": torch.full((4,), size, dtype=torch.float64)}
-    e = Geometry("none").maximizer(params, grads, 1.0)
-    torch.testing.assert_close(e["double"], torch.full((4,), 0.5, dtype=torch.float64))
-    assert not e["single"].any()
-
-
 @pytest.mark.parametrize("normalization", ["elementwise", "none"])
 @pytest.mark.parametrize("factor", [1.0, 1e-20])
 def test_norm_where_all_gradients_are_the_same(factor, normalization):

@@ -32,7 +32,7 @@ def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
         dtype = torch.float64 if any(part[0].dtype == torch.float64 for part in parts) else torch.float32
         largests = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
         norms = torch.stack([part[1].to(home, dtype, non_blocking=True) for part in parts])
-        largest = nonzero(largests.where(norms != 0, 0).max())  # of no gradient the least normal number of its dtype
+        largest = largests.max()
         norm = torch.linalg.vector_norm(norms * (largests / largest), q)
     # at least 1, unless the gradient is zero (or denormal), and then e must be 0 instead of 0 / 0
     return DualNorm(largest, norm.clamp(min=0.5))
