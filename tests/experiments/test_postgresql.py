@@ -114,6 +114,7 @@ def worker(url, log):
     Runs(url, "study").work(planned(), perform)
 
 
+@pytest.mark.slow
 def test_four_workers_one_of_them_killed_do_every_run_once(server, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", WORKERS, server, str(tmp_path)]

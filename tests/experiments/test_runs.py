@@ -230,6 +230,7 @@ def slow(url, folder):
     storage.work(planned(1), perform)
 
 
+@pytest.mark.slow
 def test_a_slow_run_is_not_given_away_though_a_heartbeat_failed(url, tmp_path, monkeypatch):
     monkeypatch.setattr(database, "GRACE", 4)
     other = start(slow, url, tmp_path)

@@ -254,6 +254,7 @@ def test_killed_and_started_again_it_repeats_nothing_that_was_done(tune, tmp_pat
     assert len(calls(tmp_path)) == 11
 
 
+@pytest.mark.slow
 def test_two_workers(tune, tmp_path):
     done = tune("own:slow", "--trials", 8, "--workers", 2, "--out", "out", "--json")
     assert (done.code, done.said) == (0, [])
@@ -263,6 +264,34 @@ def test_two_workers(tune, tmp_path):
     assert set(STARTS) <= set(searched(tmp_path))
     assert len({pid for *_, pid in calls(tmp_path)} - {os.getpid()}) == 2
     assert len(confirmed(tmp_path)) == 9
+
+
+@pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")  # of the other worker here
+def test_a_trial_that_is_one_too_many_is_not_trained(tmp_path, monkeypatch):
+    """Two workers that look at the same moment both see one to do."""
+    monkeypatch.setattr("asam.experiments.search.POLL", 0)
+    small, trained = search.Search("module:function", trials=2, starts=(0.5,)), []
+
+    def train(choice, seed, report):
+        trained.append(choice.rho)
+        report(0.1)
+
+    with search.opened_study(small, f"sqlite:///{tmp_path / 'trials.sqlite3'}") as study:
+        others = []
+
+        def offer_while_another_begins(_, study):
+            if len(study.get_trials()) == 1:
+                others.append(study.ask({"rho": optuna.distributions.FloatDistribution(*search.RHO, log=True)}))
+
+        monkeypatch.setattr("asam.experiments.search.offer_starts", offer_while_another_begins)
+        assert not search.searched(small, study, train, set())
+        assert not search.searched(small, study, train, set())
+        assert not search.searched(small, study, train, set())  # waits for the other
+        assert len(trained) == 1
+        study.tell(others[0], 0.2)
+        assert search.searched(small, study, train, set())
+        states = [trial.state.name for trial in study.get_trials()]
+    assert states == ["COMPLETE", "COMPLETE", "FAIL"]
 
 
 @pytest.mark.slow
@@ -365,7 +394,7 @@ def test_what_is_refused_with_force_costs_no_results(tune, tmp_path):
     [(StorageInternalError("disk full"), InputError), (ValueError("of another kind"), AssertionError)],
 )
 def test_a_fault_of_the_storage_at_the_end_of_a_trial_is_told_as_one(cause, told, tmp_path, monkeypatch):
-    def optimize(study, objective, n_trials):
+    def optimize(study, objective, n_trials, catch):
         try:
             raise cause
         except Exception:

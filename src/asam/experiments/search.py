@@ -98,7 +98,7 @@ def searched(search: Search, study: optuna.Study, train: Train, seen: set[int]) 
     if finished + running < search.trials:
         offer_starts(search, study)
         try:
-            study.optimize(partial(_objective, search, train), n_trials=1)
+            study.optimize(partial(_objective, search, train), n_trials=1, catch=_SurplusError)
         except AssertionError as error:  # what Optuna makes of a fault while it writes down a trial's end
             if isinstance(error.__context__, FAULTS):
                 raise error.__context__ from None
@@ -119,7 +119,14 @@ def offer_starts(search: Search, study: optuna.Study) -> None:
             study.enqueue_trial({"rho": rho} | {name: getattr(Choice(rho), name) for name in searched})
 
 
+class _SurplusError(Exception):
+    """Another worker has begun the last trial at the same moment."""
+
+
 def _objective(search: Search, train: Train, trial: optuna.Trial) -> float:
+    begun = trial.study.get_trials(deepcopy=False, states=(*FINISHED, TrialState.RUNNING))
+    if sum(other.number < trial.number for other in begun) >= search.trials:
+        raise _SurplusError
     values: dict[str, Any] = {"rho": trial.suggest_float("rho", *RHO, log=True)}
     if search.tune_eta:
         values["eta"] = trial.suggest_float("eta", *ETA, log=True)
