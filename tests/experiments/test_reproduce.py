@@ -248,6 +248,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_an_interrupt_does_not_reach_a_worker_that_is_starting(tmp_path):
     (tmp_path / "starts.py").write_text(STARTS)
     assert subprocess.run([sys.executable, tmp_path / "starts.py"]).returncode == 0

@@ -143,6 +143,7 @@ def finishes(url):
     Runs(url, "study").work(planned(5), square)
 
 
+@pytest.mark.slow
 def test_runs_of_workers_that_were_killed_are_done_again(url):
     victims = [start(dies_in_a_run, url)]
     victims += [start(dies_after, url, method) for method in ("set_trial_state_values", "set_trial_user_attr")]

@@ -149,7 +149,8 @@ def found(folder):
 
 
 def test_starts_come_first_and_fresh_seeds_decide(tune, tmp_path):
-    done = tune("own:quiet", "--trials", 7, "--confirmed", 4, "--out", "out")
+    # two trials are chance's: 1, 0.5 and 2 are among the best five whatever they are
+    done = tune("own:quiet", "--trials", 7, "--confirmed", 5, "--out", "out")
     assert (done.code, done.said) == (0, [])
     assert searched(tmp_path)[:5] == STARTS
     assert len(searched(tmp_path)) == 7
@@ -159,7 +160,7 @@ def test_starts_come_first_and_fresh_seeds_decide(tune, tmp_path):
     best_searched = min(result["trials"], key=lambda row: row["error"])
     assert abs(best_searched["rho"] - 1) < abs(result["best"]["rho"] - 1)  # the search's seed prefers another
     again = [row for row in result["trials"] if "mean" in row]
-    assert len(again) == 4
+    assert len(again) == min(5, sum(not row["pruned"] for row in result["trials"]))
     assert confirmed(tmp_path) == sorted((row["rho"], seed) for row in again for seed in (1000, 1001, 1002))
     assert result["best"]["rho"] == min(again, key=lambda row: row["mean"])["rho"]
     assert result["best"] | {"rho": 0} == {"rho": 0, "eta": 0.01, "bias": "unscaled"}
