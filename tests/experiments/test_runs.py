@@ -76,6 +76,7 @@ def together(url, count, barrier, log):
     Runs(url, "study").work(planned(count), perform)
 
 
+@pytest.mark.slow
 def test_workers_that_start_together_on_a_new_database_do_each_run_once(url, tmp_path):
     barrier, log = context.Barrier(3), tmp_path / "log"
     workers = [start(together, url, 30, barrier, log) for _ in range(3)]
