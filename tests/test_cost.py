@@ -85,6 +85,8 @@ def test_operations_for_160_tensors(make, layers):
     assert 0 < len(names) <= 50, names
     # two to lay weights and gradients end to end, and two for the view of the copy
     assert len(every) - len(names) <= 4 * 160 + 10
+    # on the CPU: the norm of a block and the factor of its move, to see whether they may be used as they are
+    assert sum(name in SYNCHRONIZING for name in names) <= 2
 
 
 @pytest.mark.parametrize("make", ["ASAM", "SAM"])

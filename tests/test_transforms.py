@@ -12,7 +12,9 @@ RHO = 0.5
 
 # torch's own, and that vmap runs a few operations in a loop
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning", "ignore:There is a performance drop:UserWarning"
+    "ignore:.torch.jit:DeprecationWarning",
+    "ignore::torch.jit.TracerWarning",
+    "ignore:There is a performance drop:UserWarning",
 )
 
 

@@ -5,10 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..norms import safe_norm, vector_norm
+from ..norms import BLOCK, safe_norm, vector_norm
 
-# Elements that are worked on at a time on the CPU: their products stay in a core's cache.
-BLOCK = 2**16
 # Norms in units of which squares of float32 numbers are neither 0 nor inf.
 SAFE = (1e-12, 1e12)
 
