@@ -189,7 +189,7 @@ class Block:
         scale[end:].fill_(1)
         return scale, None
 
-    def largest_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
+    def unit_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_q`` in it: two numbers that neither underflow nor overflow."""
         if q == 2 and self._order is None and self._param.is_cpu and not is_traced():  # nothing waits for a number
             norm = scaled_norm(self._param, self._grad, *self._scale())
@@ -253,7 +253,7 @@ def dual_norm(blocks: list[Block | NativeBlock], q: float) -> DualNorm:
     """``||T g||_q`` over all blocks, on the device of the first; zero if there are none."""
     if not blocks:
         return DualNorm(torch.zeros(()), torch.zeros(()))
-    return together([block.largest_and_norm(q) for block in blocks], q)
+    return together([block.unit_and_norm(q) for block in blocks], q)
 
 
 def factors_of(blocks: list[Block | NativeBlock], q: float, rho: float) -> tuple[Tensor | float, ...]:
@@ -261,4 +261,4 @@ def factors_of(blocks: list[Block | NativeBlock], q: float, rho: float) -> tuple
     if len(blocks) == 1 and isinstance(blocks[0], NativeBlock):
         return (blocks[0].factor(rho),)
     norm = dual_norm(blocks, q)
-    return factors(q, rho, norm.largest, norm.norm)
+    return factors(q, rho, norm.unit, norm.norm)

@@ -219,7 +219,7 @@ class Geometry:
         if is_sharded(params):
             blocks, norm = self._cut_shards(names, kinds, params, grads, targets, q, execution)
             grads.clear()
-            numbers: tuple[Any, ...] = factors(q, abs(rho), norm.largest, norm.norm)
+            numbers: tuple[Any, ...] = factors(q, abs(rho), norm.unit, norm.norm)
         else:
             scales = [
                 None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())

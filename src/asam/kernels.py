@@ -78,15 +78,15 @@ def norm_(vector: Tensor, q: float) -> Tensor:
     return vector.abs_().sum() if q == 1 else vector.abs_().pow_(q).sum().pow(1 / q)
 
 
-def factors(q: float, rho: float, largest: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
-    """What :func:`perturbation` takes, from the two numbers of :func:`measured` over all tensors, for 0 <= rho."""
+def factors(q: float, rho: float, unit: Tensor, norm: Tensor) -> tuple[Tensor, ...]:
+    """What :func:`perturbation` takes, from the norm over all tensors as a unit and the norm in it, for 0 <= rho."""
     if q == 2:
         # half of the factor to each T, so that neither product leaves the range of floating point
-        return (norm.rsqrt() * largest.rsqrt() * math.sqrt(rho),)
+        return (norm.rsqrt() * unit.rsqrt() * math.sqrt(rho),)
     if q == 1:
-        # sign(nan) is 0; largest is not finite where any gradient is not, and passes that on
-        return (rho * (largest * 0 + 1),)
-    return torch.full_like(norm, rho), largest.reciprocal(), norm
+        # sign(nan) is 0; the unit is not finite where any gradient is not, and passes that on
+        return (rho * (unit * 0 + 1),)
+    return torch.full_like(norm, rho), unit.reciprocal(), norm
 
 
 def perturbation(

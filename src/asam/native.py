@@ -137,7 +137,7 @@ class NativeBlock:
         """Whether any two tensors share memory: then each would be saved when the other had moved."""
         return bool(self._loops.overlap(*self._tensors()))
 
-    def largest_and_norm(self, _q: float) -> tuple[Tensor, Tensor]:
+    def unit_and_norm(self, _q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_2`` in it: two numbers that neither underflow nor overflow."""
         unit, norm = torch.tensor(self._measured(), dtype=torch.float32, device="cpu")
         return unit, norm

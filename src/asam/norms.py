@@ -1,4 +1,4 @@
-"""Norms that neither underflow nor overflow: a largest magnitude, and the norm in units of it."""
+"""Norms that neither underflow nor overflow: a unit, such as the largest magnitude, and the norm in it."""
 
 import math
 from collections.abc import Sequence
@@ -14,28 +14,28 @@ BLOCK = 2**16  # elements that are worked on at a time on the CPU: their squares
 
 @dataclass(frozen=True)
 class DualNorm:
-    """``||T g||_q`` as the product of the largest magnitude and the norm in units of it."""
+    """``||T g||_q`` as the product of a unit, such as the largest magnitude, and the norm in it."""
 
-    largest: Tensor
+    unit: Tensor
     norm: Tensor
 
     def pair(self) -> Tensor:
         """Both numbers as one tensor of shape (2, 1)."""
-        return torch.stack([self.largest, self.norm]).unsqueeze(1)
+        return torch.stack([self.unit, self.norm]).unsqueeze(1)
 
 
 def together(parts: Sequence[tuple[Tensor, Tensor]], q: float) -> DualNorm:
-    """The norm over several parts, from the largest magnitude of each and the norm in units of it."""
-    largest, norm = parts[0]
+    """The norm over several parts, from the unit of each and the norm in it."""
+    unit, norm = parts[0]
     if len(parts) > 1:
-        home = largest.device
+        home = unit.device
         dtype = torch.float64 if any(part[0].dtype == torch.float64 for part in parts) else torch.float32
-        largests = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
+        units = torch.stack([part[0].to(home, dtype, non_blocking=True) for part in parts])
         norms = torch.stack([part[1].to(home, dtype, non_blocking=True) for part in parts])
-        largest = largests.max()
-        norm = torch.linalg.vector_norm(norms * (largests / largest), q)
+        unit = units.max()
+        norm = torch.linalg.vector_norm(norms * (units / unit), q)
     # at least 1, unless the gradient is zero (or denormal), and then e must be 0 instead of 0 / 0
-    return DualNorm(largest, norm.clamp(min=0.5))
+    return DualNorm(unit, norm.clamp(min=0.5))
 
 
 def vector_norm(vector: Tensor, p: float = 2) -> Tensor:

@@ -62,7 +62,7 @@ def over_shards(sizes: list[Tensor], spread: Sequence[tuple[Group, ...]], params
     """Put the sizes of whole tensors in the place of those of their local shards, in one collective for each group.
 
     Args:
-        sizes: of shape (2, k), largest magnitudes and the q-norms in units of them, in float32 or float64.
+        sizes: of shape (2, k), units, such as largest magnitudes, and the q-norms in them, in float32 or float64.
         spread: the groups over which each is to be put together.
         params: the model's, which say on what device their groups communicate and in what dtype to compute.
         q: order of the norm.
