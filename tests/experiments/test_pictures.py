@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from asam.experiments import html, landscapes, plots, report
 from asam.measure import LossLine, LossPlane
@@ -34,22 +35,38 @@ def drawn(request, monkeypatch):
     return figures
 
 
+def distinct_labels(axis, of):
+    """The texts at an axis, which must not overlap."""
+    low, high = sorted(axis.get_view_interval())
+    ticks = [
+        tick
+        for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks())
+        if low <= tick.get_loc() <= high and (tick.label1.get_text() or tick.label2.get_text())
+    ]
+    labels = [tick.label2 if tick.label2.get_visible() else tick.label1 for tick in ticks]
+    texts = [label.get_text() for label in labels]
+    assert len(set(texts)) == len(texts), texts
+    boxes = sorted(getattr(label.get_window_extent(), f"interval{of}").tolist() for label in labels)
+    assert all(one[1] < other[0] for one, other in pairwise(boxes)), (texts, boxes)
+    return texts
+
+
 def test_labels_are_distinct_and_do_not_overlap(drawn):
     for figure in drawn:
         for axes in figure.axes:
-            for axis, of in ((axes.xaxis, "x"), (axes.yaxis, "y")):
-                low, high = sorted(axis.get_view_interval())
-                ticks = [
-                    tick
-                    for which in ("major", "minor")
-                    for tick in (axis.get_major_ticks() if which == "major" else axis.get_minor_ticks())
-                    if low <= tick.get_loc() <= high and (tick.label1.get_text() or tick.label2.get_text())
-                ]
-                labels = [tick.label2 if tick.label2.get_visible() else tick.label1 for tick in ticks]
-                texts = [label.get_text() for label in labels]
-                assert len(set(texts)) == len(texts), texts
-                boxes = sorted(getattr(label.get_window_extent(), f"interval{of}").tolist() for label in labels)
-                assert all(one[1] < other[0] for one, other in pairwise(boxes)), (texts, boxes)
+            distinct_labels(axes.xaxis, "x")
+            distinct_labels(axes.yaxis, "y")
+
+
+@pytest.mark.parametrize("span", [(0.25, 8), (0.09, 4), (1, 60), (0.01, 20)])
+def test_a_logarithmic_axis_has_plain_numbers(span):
+    figure = Figure(figsize=(5, 3))
+    axes = figure.subplots()
+    axes.plot(span, (0, 1))
+    plots.logarithmic(axes)
+    FigureCanvasAgg(figure).draw()
+    texts = distinct_labels(axes.xaxis, "x")
+    assert {float(text) for text in texts} >= {1, 2}
 
 
 def test_lines_have_the_colors_of_the_report(drawn):

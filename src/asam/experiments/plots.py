@@ -73,16 +73,21 @@ def lines(
             axes.plot(x, mean, color=color, marker="o", markersize=4, label=label, linewidth=1.8)
             axes.fill_between(x, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
         if log_x:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            axes.xaxis.set_minor_formatter("{x:g}")
+            logarithmic(axes)
         axes.set_ylim(0, top)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.legend(frameon=False, fontsize=8)
 
     return svg(draw, (8, 4))
+
+
+def logarithmic(axes: Axes) -> None:
+    """Give the horizontal axis a logarithmic scale, with plain numbers at 1, 2 and 5."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_minor_formatter("{x:g}")
 
 
 def transfer(found: dict[str, Any], names: Sequence[str] = ("1/3", "1/2", "1", "2", "3")) -> str:

@@ -85,8 +85,7 @@ def figures(ranking: Ranking, chosen: Mapping[str, int], rhos: Mapping[str, Sequ
             color = plots.PALETTE[i // 2]
             axes.plot(sizes, [tau.tau_b for tau in taus], style, color=color, marker="o", markersize=4, label=measure)
         axes.axhline(0, color="#475569", linewidth=0.8)
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
+        plots.logarithmic(axes)
         axes.set_xlabel("rho")
         axes.set_ylabel("Kendall's tau")
         axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
