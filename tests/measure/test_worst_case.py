@@ -40,6 +40,8 @@ SPECTRA = {
     "concave, maximum inside": (-spaced(2, 9).flip(0), 0.05 * normal(5)),
     "concave, maximum on the sphere": (-spaced(0.1, 2).flip(0), normal(6)),
     "concave, at the maximum": (-spaced(0.1, 2).flip(0), ZERO),
+    "concave, ill-conditioned": (-powers(-2, 2), 0.3 * normal(8)),
+    "one flat way up": (torch.cat([ZERO[:1] + 0.05, -powers(-2, 2)[1:]]), 0.1 * normal(9)),
     "hard case": (spaced(-3, 2), 0.05 * normal(7) * NOT_TOP),
     "hard case, convex": (powers(-2, 0), 0.05 * normal(7) * NOT_TOP),
     "critical, one outlier": (torch.cat([powers(-4, 0)[1:], ZERO[:1] + 5]), ZERO),

@@ -4,7 +4,7 @@ In u the ellipsoid of the perturbations is a ball: projecting is exact, and noth
 be 0. The ascent is Auto-PGD (Croce and Hein, 2020, arXiv:2003.01690): steps of length 2 rho, halved at checkpoints
 when too few of them improved, with a momentum of 0.75, and the best point kept. Two things are added, because sharpness
 is taken at minima, where Auto-PGD is slow: while the function is quadratic along the path, which its values and
-gradients show, momentum and halving are replaced by the exact maximum over the last points; and where the gradient
+gradients show, momentum and halving are replaced by the exact maximum over conjugate directions; and where the gradient
 hardly counts, the mirrored point is tried once, since a quadratic has its maxima in pairs and only one is the higher
 one.
 """
@@ -23,7 +23,6 @@ from .vectors import largest_magnitude, norm, plus
 
 MOMENTUM = 0.75
 SUCCESS = 0.75
-WINDOW = 4
 NOISE = 1e-3
 
 
@@ -104,7 +103,7 @@ def ascend(
     """
     here = best = origin
     previous = origin.u
-    path = Path(origin, WINDOW) if p == 2 else None
+    path = Path(origin) if p == 2 else None
     history = [0.0]
     length = 2 * rho
     checkpoints = _checkpoints(steps)

@@ -270,6 +270,8 @@ class Evaluation:
             self._restore_written()
 
     def _restore_written(self) -> None:
+        if not self._written:  # to enter no_grad() after each of many small batches takes a while
+            return
         with torch.no_grad():
             for param, value in zip(self._written, self._others, strict=True):
                 param.data.copy_(value)

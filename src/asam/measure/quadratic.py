@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .vectors import norm
 
-BLOCK = 2**16  # elements of a row: nine rows of them stay in a core's cache
+BLOCK = 2**16  # elements of a row: seven rows of them stay in a core's cache
+ROWS = 3  # offsets that are kept
 NEWTON = 40  # steps at most; about five are taken
 
 
@@ -43,18 +44,19 @@ class Maximum:
 class Path:
     """The last points of an ascent, and where the quadratic through them has its maximum in a ball.
 
-    With S the points as offsets from the origin, u = 0, and Y = H S the differences of their gradients, a quadratic is
-    known exactly on the span of S: no product with H is needed. The rows of S are the newest point, the last steps that
-    led to it, and the way from it to the last maximum, with which each maximum is one over all directions there were:
-    without it, as in a descent without conjugate directions, a flat way up among steep ways down would take hundreds of
+    With S a few offsets and Y = H S the differences of the gradients there, a quadratic is known exactly on the span of
+    S: no product with H is needed. The rows of S are the newest point, from the origin, u = 0; the way from it to the
+    last maximum; and the way by which that one was reached from the one before. Since the newest point lies uphill of
+    the last maximum, these are the three directions of conjugate gradients: the next maximum is, but for rounding, the
+    one over all gradients there were. Without the third, a flat way up among steep ways down would take hundreds of
     steps. (Points themselves, close to each other, would be nearly parallel.)
     """
 
-    def __init__(self, origin: Point, length: int) -> None:
+    def __init__(self, origin: Point) -> None:
         self._origin = origin
         # the gradient at the origin, then the rows of S and Y in turns: what is known is one matrix, and one product of
         # that with S holds all that a quadratic needs
-        self._rows = origin.u.new_empty(1 + 2 * length, len(origin.u))
+        self._rows = origin.u.new_zeros(1 + 2 * ROWS, len(origin.u))
         self._rows[0] = origin.gradient
         self._offsets, self._changes = self._rows[1::2], self._rows[2::2]
         self._newest: Point | None = None
@@ -68,31 +70,22 @@ class Path:
         self.append(point)
 
     def append(self, point: Point) -> None:
-        """Go on to a point, and forget the oldest."""
-        before, step, steps = self._origin, point.u, 0
-        if self._newest:
-            before = self._newest
-            row = 1 + (len(self._smooth) - 1) % self._steps
-            steps = min(len(self._smooth), self._steps)
-            step = torch.sub(point.u, before.u, out=self._offsets[row])
+        """Go on to a point."""
+        before = self._newest or self._origin
+        step = point.u - before.u
         # the trapezoid rule is exact for a quadratic; 2 % and rounding are allowed
         trapezoid = 0.5 * float(step @ before.gradient + step @ point.gradient)
         change = point.value - before.value
         rounding = 4 * torch.finfo(point.u.dtype).eps * abs(point.value)
         smooth = abs(change - trapezoid) <= 0.02 * abs(change) + rounding
-        if smooth and self._newest:
-            torch.sub(point.gradient, before.gradient, out=self._changes[row])
         self._smooth.append(smooth)
-        self._newest, self._known = point, 1 + steps
-        if smooth and self._maximum:
-            torch.sub(self._maximum.u, point.u, out=self._offsets[self._known])
-            torch.sub(self._maximum.gradient, point.gradient, out=self._changes[self._known])
-            self._known += 1
-
-    @property
-    def _steps(self) -> int:
-        """How many steps are kept, beside the newest point and the last maximum."""
-        return len(self._offsets) - 2
+        # without a maximum, the way back to the point before
+        earlier = self._maximum if smooth and self._maximum else self._newest
+        self._newest, self._known = point, 1
+        if earlier:
+            torch.sub(earlier.u, point.u, out=self._offsets[1])
+            torch.sub(earlier.gradient, point.gradient, out=self._changes[1])
+            self._known = ROWS if earlier is self._maximum else 2
 
     def maximum(self, rho: float) -> Maximum | None:
         """The maximum in ``||u||_2 <= rho`` and the span, if the function has been quadratic all along the path."""
@@ -100,7 +93,7 @@ class Path:
         return self._maximum
 
     def _in_span(self, rho: float) -> Maximum | None:
-        if not self._newest or not all(self._smooth[-1 - self._steps :]):
+        if not self._newest or not all(self._smooth[-2:]):
             return None
         known = self._known
         products, changes, slopes = self._products(self._newest, known)
@@ -121,13 +114,30 @@ class Path:
         basis = basis @ axes
         curvatures: list[float] = eigenvalues.tolist()
         coordinates = _trust_region(curvatures, (slopes @ basis).tolist(), rho)
+        if not any(coordinates):  # the origin is a critical point: where it falls least, a way up may be near
+            coordinates[-1] = rho
         weights = (basis @ basis.new_tensor(coordinates)).to(self._rows)
         gradient_there = torch.addmv(self._origin.gradient, self._changes[:known].T, weights)
         size = norm(gradient_there)
         reach, steepest = math.inf, max(map(abs, curvatures))
         if steepest > 0 and math.hypot(*coordinates) < rho * (1 - 1e-6):
             reach = size / steepest
-        return Maximum(self._offsets[:known].T @ weights, gradient_there, size, reach)
+        there = self._offsets[:known].T @ weights
+        self._go_on(weights.tolist())
+        return Maximum(there, gradient_there, size, reach)
+
+    def _go_on(self, weights: list[float]) -> None:
+        """Have in the last rows of S and Y the way by which the maximum of these weights was reached.
+
+        It is what the maximum has beside a multiple of the last one, of which the newest point falls short by the row
+        before; beside a multiple of the newest point, if there is no last one.
+        """
+        newest, way = [*weights, 0.0][:2]
+        for rows in self._offsets, self._changes:
+            if self._known == ROWS:
+                rows[2].mul_(weights[2]).add_(rows[1], alpha=way - newest)
+            else:
+                torch.mul(rows[1], way, out=rows[2])
 
     def _products(self, newest: Point, known: int) -> tuple[Tensor, Tensor, Tensor]:
         """S S', Y S' and S g, with the newest point written into the first rows of S and Y.
