@@ -59,6 +59,7 @@ def test_vmap(rows):
     torch.testing.assert_close(ours, torch.stack(list(map(by_hand, weights, grads))))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "traced", [torch.jit.trace, lambda function, inputs: make_fx(function)(*inputs)], ids=["jit.trace", "make_fx"]
 )

@@ -57,11 +57,9 @@ def share_found(values, gradient, rho):
     return found.rise / highest(torch.diag(values.double()), gradient.double(), rho)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "few", "lowest", "rounding"), [(torch.float64, 6, 0.98, 1e-9), (torch.float32, 12, 0.95, 1e-5)]
-)
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_share_of_the_exact_maximum(kind, dtype, few, lowest, rounding):
+def test_share_of_the_exact_maximum(kind, dtype, rounding):
     shares = []
     for seed in range(EACH):
         generator = torch.Generator().manual_seed(seed)
@@ -71,5 +69,5 @@ def test_share_of_the_exact_maximum(kind, dtype, few, lowest, rounding):
         values, gradient = KINDS[kind](z, x, 1e-4 ** float(x[1, 0]))
         shares.append(share_found(values.to(dtype), gradient.to(dtype), rho))
     assert max(shares) < 1 + rounding
-    assert min(shares) > lowest
-    assert sum(share < 0.998 for share in shares) <= few
+    assert min(shares) > 0.98
+    assert sum(share < 0.998 for share in shares) <= 0.05 * EACH

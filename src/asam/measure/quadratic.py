@@ -11,6 +11,10 @@ from .vectors import norm
 
 BLOCK = 2**16  # elements of a row: seven rows of them stay in a core's cache
 ROWS = 3  # offsets that are kept
+# How far from symmetric the Hessian on a span may be, in units of its largest eigenvalue: rounding adds up from maximum
+# to maximum, and changes of curvature show.
+ASYMMETRY = 1e-3
+EVEN = 1e-6  # share of the gradient in a rise below which neither of two opposite points counts as higher
 NEWTON = 40  # steps at most; about five are taken
 
 
@@ -62,6 +66,7 @@ class Path:
         self._newest: Point | None = None
         self._maximum: Maximum | None = None
         self._smooth: list[bool] = []
+        self._symmetric = True  # whether H was, when the last maximum was computed
         self._known = 0  # rows of S
 
     def restart(self, point: Point) -> None:
@@ -79,8 +84,8 @@ class Path:
         rounding = 4 * torch.finfo(point.u.dtype).eps * abs(point.value)
         smooth = abs(change - trapezoid) <= 0.02 * abs(change) + rounding
         self._smooth.append(smooth)
-        # without a maximum, the way back to the point before
-        earlier = self._maximum if smooth and self._maximum else self._newest
+        # without a maximum that can be trusted, the way back to the point before
+        earlier = self._maximum if smooth and self._symmetric and self._maximum else self._newest
         self._newest, self._known = point, 1
         if earlier:
             torch.sub(earlier.u, point.u, out=self._offsets[1])
@@ -113,17 +118,24 @@ class Path:
         eigenvalues, axes = torch.linalg.eigh((hessian + hessian.T) / 2)
         basis = basis @ axes
         curvatures: list[float] = eigenvalues.tolist()
-        coordinates = _trust_region(curvatures, (slopes @ basis).tolist(), rho)
+        steepest = max(map(abs, curvatures))
+        self._symmetric = float((hessian - hessian.T).abs().max()) <= ASYMMETRY * steepest
+        slope, newest = (slopes @ basis).tolist(), (products[0] @ basis).tolist()
+        coordinates = _trust_region(curvatures, slope, rho)
         if not any(coordinates):  # the origin is a critical point: where it falls least, a way up may be near
             coordinates[-1] = rho
+        straight, bent = _inner(slope, coordinates), _inner(curvatures, [u * u for u in coordinates])
+        if _inner(newest, coordinates) < 0 and abs(straight) < EVEN * abs(bent):  # it is as high on this side
+            coordinates = [-u for u in coordinates]
         weights = (basis @ basis.new_tensor(coordinates)).to(self._rows)
         gradient_there = torch.addmv(self._origin.gradient, self._changes[:known].T, weights)
         size = norm(gradient_there)
-        reach, steepest = math.inf, max(map(abs, curvatures))
+        reach = math.inf
         if steepest > 0 and math.hypot(*coordinates) < rho * (1 - 1e-6):
             reach = size / steepest
         there = self._offsets[:known].T @ weights
-        self._go_on(weights.tolist())
+        if self._symmetric:
+            self._go_on(weights.tolist())
         return Maximum(there, gradient_there, size, reach)
 
     def _go_on(self, weights: list[float]) -> None:
@@ -151,6 +163,10 @@ class Path:
             torch.sub(newest.gradient[start : start + BLOCK], rows[0], out=rows[2])
             products += rows @ rows[1::2].T
         return products[1::2], products[2::2], products[0]
+
+
+def _inner(a: list[float], b: list[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
 
 
 def _trust_region(values: list[float], g: list[float], rho: float) -> list[float]:
