@@ -17,6 +17,9 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:There is a performance drop:UserWarning",
 )
 
+# torch's own of forward mode is made with it
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:FutureWarning")
+
 
 def maximizer(weight, grad):
     return Geometry(eta=0.01).maximizer({"w": weight}, {"w": grad}, RHO)["w"]
@@ -59,7 +62,6 @@ def test_vmap(rows):
     torch.testing.assert_close(ours, torch.stack(list(map(by_hand, weights, grads))))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     "traced", [torch.jit.trace, lambda function, inputs: make_fx(function)(*inputs)], ids=["jit.trace", "make_fx"]
 )
