@@ -13,12 +13,10 @@ RHO = 0.5
 # torch's own, and that vmap runs a few operations in a loop
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:DeprecationWarning",
+    "ignore:.torch.jit:FutureWarning",  # since 2.14
     "ignore::torch.jit.TracerWarning",
     "ignore:There is a performance drop:UserWarning",
 )
-
-# torch's own of forward mode is made with it
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.* is deprecated:FutureWarning")
 
 
 def maximizer(weight, grad):
