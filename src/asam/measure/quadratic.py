@@ -51,9 +51,10 @@ class Path:
     With S a few offsets and Y = H S the differences of the gradients there, a quadratic is known exactly on the span of
     S: no product with H is needed. The rows of S are the newest point, from the origin, u = 0; the way from it to the
     last maximum; and the way by which that one was reached from the one before. Since the newest point lies uphill of
-    the last maximum, these are the three directions of conjugate gradients: inside the ball the next maximum is, but for
-    rounding, the one over all gradients there were, and close to it on the sphere. Without the third, a flat way up among steep ways down would take hundreds of
-    steps. (Points themselves, close to each other, would be nearly parallel.)
+    the last maximum, these are the three directions of conjugate gradients: inside the ball the next maximum is, but
+    for rounding, the one over all gradients there were, and close to it on the sphere. Without the third, a flat way up
+    among steep ways down would take hundreds of steps. (Points themselves, close to each other, would be nearly
+    parallel.)
     """
 
     def __init__(self, origin: Point) -> None:
