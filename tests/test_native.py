@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import asam.native
 from asam import ASAM, SAM, EconomicalASAM, Geometry
 from asam.blocks import CPU_BLOCK, Execution
-from asam.native import CHUNK, NativeBlock, library
+from asam.native import CHUNK, DIMENSIONS, NativeBlock, block_of, library
 
 LARGE = 600  # a square of it is more than a block of the CPU, and several chunks
 assert max(CPU_BLOCK, CHUNK) < LARGE**2
@@ -191,6 +191,60 @@ def test_a_gradient_in_another_order_goes_the_other_way(moves):
     assert moves == [7]
 
 
+def test_any_order_without_gaps_will_do_if_both_have_it(moves):
+    model = nn.Conv3d(4, 6, 3)
+    model.weight.data = model.weight.data.permute(4, 1, 3, 0, 2)
+    before, grads, moved = there(with_gradients(model), asam := ASAM(model, rho=0.3, compile=True))
+    e = asam.geometry.maximizer(before, grads, 0.3)
+    for name, w in before.items():
+        torch.testing.assert_close(moved[name], w + e[name], rtol=1e-6, atol=1e-6)
+    assert moves == [2]
+
+
+def test_what_has_gaps_or_many_dimensions_goes_the_other_way(moves):
+    model = nn.ParameterList([torch.randn(8, 10), torch.randn(8, 5), torch.randn([2] * DIMENSIONS + [3])])
+    model[1].data = torch.randn(8, 10)[:, ::2]
+    with_gradients(model)[1].grad = torch.randn(8, 10)[:, ::2]
+    before, grads, moved = there(model, asam := ASAM(model, rho=0.3, compile=True))
+    e = asam.geometry.maximizer(before, grads, 0.3)
+    for name, w in before.items():
+        torch.testing.assert_close(moved[name], w + e[name], rtol=1e-6, atol=1e-6)
+    assert moves == [1]
+
+
+def test_what_may_not_be_written_to_or_has_another_shape_does_not_fit():
+    with torch.inference_mode():
+        fixed = torch.randn(4, 3)
+    assert block_of([True], [fixed], [torch.randn(4, 3)], 0.0)[0] is None
+    assert block_of([True], [torch.randn(4, 3)], [torch.randn(2, 3)], 0.0)[0] is None
+    assert block_of([True], [torch.randn(4, 3)], [torch.randn(4, 3)], 0.0)[0] is not None
+
+
+def test_no_gradient_beside_one_of_another_dtype(moves):
+    model = with_gradients(nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2).double()]))
+    model[0].weight.grad.zero_()
+    model[0].bias.grad.zero_()
+    before, grads, moved = there(model, asam := ASAM(model, rho=0.3, compile=True))
+    e = asam.geometry.maximizer(before, grads, 0.3)
+    for name, w in before.items():
+        torch.testing.assert_close(moved[name], w + e[name])
+    assert moves == [2]
+
+
+def test_a_kind_of_tensor_that_has_its_own_ideas_is_not_asked_for_its_memory(moves):
+    class Shy(nn.Parameter):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), options=None):
+            if function == Shy._cdata.__get__:
+                raise TypeError("not this")
+            return super().__torch_function__(function, types, arguments, options or {})
+
+    model = nn.Linear(40, 40)
+    model.weight = Shy(torch.randn(40, 40))
+    there(with_gradients(model), ASAM(model, compile=True))
+    assert moves == [1]
+
+
 def test_who_counts_operations_sees_them(moves):
     model = with_gradients(network())
     with FlopCounterMode(display=False):
@@ -207,7 +261,8 @@ def test_a_graph_that_needs_the_old_weights_raises():
 
 def test_nothing_is_put_back_before_anything_has_moved():
     params, grads = [torch.ones(3)], [torch.ones(3)]
-    block = NativeBlock(library(), params, grads, 1, 0.0)
+    block, others = block_of([True], params, grads, 0.0)
+    assert not others
     assert block.put_back() == []
     block.keep()  # room of whatever it holds
     assert block.put_back() == []
@@ -280,6 +335,24 @@ def test_weights_come_back_to_where_their_memory_went(width):
     before = weights(model)
     with ASAM(model, compile=True).perturbed():
         model.share_memory()  # copies all of it, and lets go what it was in
+    assert_same(weights(model), before)
+
+
+def test_weights_come_back_into_a_parameter_that_holds_another_tensor_now():
+    model = with_gradients(network())
+    before = weights(model)
+    other = torch.zeros(40, 40)
+    with ASAM(model, compile=True).perturbed():
+        torch.utils.swap_tensors(model[0].weight, nn.Parameter(other))
+    assert_same(weights(model), before)
+    assert torch.equal(other, before["0.weight"])
+
+
+def test_another_way_to_read_the_same_memory_is_not_what_it_was():
+    model = with_gradients(network())
+    before = weights(model)
+    with ASAM(model, compile=True).perturbed():
+        model[0].weight.data = model[0].weight.data.T
     assert_same(weights(model), before)
 
 

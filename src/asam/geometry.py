@@ -30,6 +30,7 @@ from .sharding import groups, is_sharded, local, over_shards, shard
 
 NORMALIZATIONS = ("elementwise", "filterwise", "layerwise", "none")
 BIASES = ("unscaled", "scaled", "fixed")
+BIAS = "bias"  # how the names of those parameters end; a dot is no part of it
 
 # How the scale of a parameter is found: a normalization, or "fixed".
 Kind = str | Callable[[Tensor], Tensor | float]
@@ -88,7 +89,7 @@ class Geometry:
 
     def perturbs(self, name: str) -> bool:
         """Whether the parameter of that name is perturbed at all."""
-        return not (self.bias == "fixed" and _is_bias(name))
+        return not (self.bias == "fixed" and name.endswith(BIAS))
 
     def scales(self, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """T_w, the diagonal as one tensor per parameter, each of the parameter's shape.
@@ -165,7 +166,7 @@ class Geometry:
         """How the scale of each parameter is found: the normalization, as the bias policy and the shape leave it."""
         weights = self.normalization
         biases = {"unscaled": "none", "scaled": weights, "fixed": "fixed"}[self.bias]
-        kinds = [biases if _is_bias(name) else weights for name in names]
+        kinds = [biases if name.endswith(BIAS) else weights for name in names]
         if weights == "filterwise":
             return [
                 "elementwise" if kind == "filterwise" and param.ndim < 2 else kind
@@ -221,10 +222,11 @@ class Geometry:
             grads.clear()
             numbers: tuple[Any, ...] = factors(q, abs(rho), norm.unit, norm.norm)
         else:
-            scales = [
-                None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())
-                for name, kind, param in zip(names, kinds, params, strict=True)
-            ]
+            scales: list[Tensor | None] = [None] * len(params)
+            if self.normalization not in WITHOUT_SCALE:
+                rows = enumerate(zip(names, kinds, params, strict=True))
+                for i, (name, kind, param) in rows:
+                    scales[i] = None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())
             blocks = self._packed(kinds, params, grads, targets, scales, q, execution)
             grads.clear()
             del scales
@@ -316,10 +318,6 @@ class Geometry:
 
 def _flat(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
-
-
-def _is_bias(name: str) -> bool:
-    return name.endswith("bias")  # a dot is no part of it
 
 
 def _check_names(argument: str, params: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:

@@ -313,8 +313,7 @@ class ASAM:
             self._passes.look_at_missing(grads_at_w)
             names, params, grads = self._passes.present(self._params, grads_at_w, averaged=self.sync_ascent)
             del grads_at_w
-            self._clear_grads()
-            yield from self._moved(names, params, grads, self.rho)
+            yield from self._moved(names, params, grads, self.rho, self._clear_grads())
 
     @property
     def _is_gradient_alone(self) -> bool:
@@ -331,14 +330,16 @@ class ASAM:
             if needed:
                 raise RuntimeError(f"{name} needs the whole step, which only backward(closure) takes")
 
-    def _clear_grads(self) -> None:
-        """Set the gradients of the whole model to None."""
+    def _clear_grads(self) -> list[nn.Module]:
+        """Set the gradients of the whole model to None, and return its modules."""
         self._unsharded.let_go()
         # Module.parameters() finds the same ones, in several times the time
-        for module in modules_of(self._model):
+        modules = modules_of(self._model)
+        for module in modules:
             for param in module._parameters.values():
                 if param is not None:
                     param.grad = None
+        return modules
 
     def state_dict(self) -> dict[str, Any]:
         """What changes during training: ``rho``, and a memory of the direction. The geometry is the constructor's."""

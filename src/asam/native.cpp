@@ -1,14 +1,12 @@
 // The way to w + e and back on the CPU, for p = 2 and T = |w| + eta or 1, in float32: three loops over all tensors.
-//
-// Nothing here includes torch, so that it compiles in a second: tensors are pointers, each without gaps. The first
-// `adaptive` of them have T = |w| + eta, the others T = 1.
+// Of torch, all that is included is how a tensor lies in memory, so that this compiles in two seconds. Tensors have
+// T = |w| + eta where `adaptive`, else T = 1.
+
+#include <c10/core/TensorImpl.h>
 
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -18,117 +16,134 @@
 #define VECTORIZED
 #endif
 
+using Tensor = c10::TensorImpl;
+using Tensors = Tensor* const*;
+
 namespace {
 
-// Call f(i, start, size) for the i-th CHUNK of n elements, from the last on where `backwards`, on so many threads.
+// Call f(start, size) for every CHUNK of n elements, from the last on where `backwards`, on so many threads.
 template <class F>
 void chunks(int64_t n, int threads, bool backwards, F f) {
   const int64_t count = (n + CHUNK - 1) / CHUNK;
   const auto call = [&](int64_t k) {
-    const int64_t i = backwards ? count - 1 - k : k;
-    f(i, i * CHUNK, std::min<int64_t>(CHUNK, n - i * CHUNK));
+    const int64_t start = CHUNK * (backwards ? count - 1 - k : k);
+    f(start, std::min<int64_t>(CHUNK, n - start));
   };
-  if (count == 1 || threads == 1) {  // without what it takes to ask OpenMP
+  if (count == 1 || threads == 1)  // without what it takes to ask OpenMP
     for (int64_t k = 0; k < count; ++k) call(k);
-    return;
-  }
+  else
 #pragma omp parallel for num_threads(threads)
-  for (int64_t k = 0; k < count; ++k) call(k);
+    for (int64_t k = 0; k < count; ++k) call(k);
 }
 
 // Squares of float32 numbers neither underflow nor overflow in float64.
-VECTORIZED double adaptive_squares(const float* w, const float* g, int64_t n, float eta) {
+VECTORIZED double squares(const float* w, const float* g, int64_t n, bool adaptive, float eta) {
   double sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) {
-    const float scaled = (std::fabs(w[i]) + eta) * g[i];
+    const float scaled = adaptive ? (std::fabs(w[i]) + eta) * g[i] : g[i];
     sum += double(scaled) * scaled;
   }
   return sum;
 }
 
-VECTORIZED double plain_squares(const float* g, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += double(g[i]) * g[i];
-  return sum;
-}
-
-VECTORIZED void adaptive_move(float* w, const float* g, float* saved, int64_t n, float eta, float factor, float sign) {
+VECTORIZED void save_and_move(float* w, const float* g, float* saved, int64_t n, bool adaptive, float eta, float factor,
+                              float sign) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const float scale = (std::fabs(w[i]) + eta) * factor;
+    const float scale = adaptive ? (std::fabs(w[i]) + eta) * factor : factor;
     saved[i] = w[i];
     w[i] += sign * (g[i] * scale) * scale;
   }
 }
 
-VECTORIZED void plain_move(float* w, const float* g, float* saved, int64_t n, float factor, float sign) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    saved[i] = w[i];
-    w[i] += sign * (g[i] * factor) * factor;
+float* memory(Tensor* tensor) { return static_cast<float*>(tensor->mutable_data()); }
+
+// Whether a tensor is nothing but memory of float32, some of it, filled without a gap.
+bool is_plain(Tensor* tensor) {
+  try {
+    return tensor->has_storage() && tensor->is_cpu() && tensor->dtype() == caffe2::TypeMeta::Make<float>() &&
+           tensor->numel() > 0 && tensor->dim() <= DIMENSIONS && tensor->is_non_overlapping_and_dense() &&
+           !tensor->is_inference() && !tensor->key_set().has(c10::DispatchKey::Negative) && memory(tensor);
+  } catch (const std::exception&) {  // it has no shape, or no memory, that may be asked for
+    return false;
   }
 }
 
-int64_t elements(int64_t count, const int64_t* sizes) { return std::accumulate(sizes, sizes + count, int64_t(0)); }
+// Where a tensor lies, and how it is read.
+struct Place {
+  int64_t data, dimensions, shape[DIMENSIONS]{}, strides[DIMENSIONS]{};
+  explicit Place(Tensor* tensor) : data(reinterpret_cast<int64_t>(memory(tensor))), dimensions(tensor->dim()) {
+    std::copy_n(tensor->sizes().data(), dimensions, shape);
+    std::copy_n(tensor->strides().data(), dimensions, strides);
+  }
+  bool operator==(const Place&) const = default;
+};
 
 }  // namespace
 
 extern "C" {
-
-// Whether any two tensors share memory.
-int overlap(int64_t count, const int64_t* sizes, float* const* w) {
-  std::vector<std::pair<const float*, const float*>> spans;
-  for (int64_t t = 0; t < count; ++t) spans.emplace_back(w[t], w[t] + sizes[t]);
-  std::sort(spans.begin(), spans.end());
-  for (int64_t t = 1; t < count; ++t)
-    if (spans[t].first < spans[t - 1].second) return 1;
-  return 0;
+// Which pairs of a tensor and its gradient can go this way: both are plain, and in the same order.
+void fit(int64_t count, Tensors w, Tensors g, int8_t* fits) {
+  for (int64_t t = 0; t < count; ++t)
+    fits[t] = is_plain(w[t]) && is_plain(g[t]) && w[t]->sizes() == g[t]->sizes() &&
+              (w[t]->strides() == g[t]->strides() || (w[t]->is_contiguous() && g[t]->is_contiguous()));
 }
 
-// The root of the mean of (T g)^2, at least the smallest normal number, and ||T g||_2 in units of it.
-void measure(int64_t count, const int64_t* sizes, float* const* w, const float* const* g, int64_t adaptive, float eta,
-             int threads, float* result) {
+// Note where all lie, and return how many elements they have; 0 where two share memory, which would be moved twice.
+int64_t note(int64_t count, Tensors w, Place* places) {
+  int64_t elements = 0;
+  std::vector<std::pair<float*, float*>> spans;
+  for (int64_t t = 0; t < count; ++t) {
+    places[t] = Place(w[t]);
+    spans.emplace_back(memory(w[t]), memory(w[t]) + w[t]->numel());
+    elements += w[t]->numel();
+  }
+  std::sort(spans.begin(), spans.end());
+  const auto meet = [](const auto& one, const auto& next) { return next.first < one.second; };
+  return std::adjacent_find(spans.begin(), spans.end(), meet) == spans.end() ? elements : 0;
+}
+
+// The sum of (T g)^2.
+double measure(int64_t count, Tensors w, Tensors g, const int8_t* adaptive, float eta, int threads) {
   double total = 0;
   std::vector<double> parts;
   for (int64_t t = 0; t < count; ++t) {
-    parts.assign((sizes[t] + CHUNK - 1) / CHUNK, 0);
-    chunks(sizes[t], threads, false, [&](int64_t i, int64_t start, int64_t n) {
-      parts[i] = t < adaptive ? adaptive_squares(w[t] + start, g[t] + start, n, eta) : plain_squares(g[t] + start, n);
+    parts.assign((w[t]->numel() + CHUNK - 1) / CHUNK, 0);
+    const float *at = memory(w[t]), *grad = memory(g[t]);
+    chunks(w[t]->numel(), threads, false, [&](int64_t start, int64_t n) {
+      parts[start / CHUNK] = squares(at + start, grad + start, n, adaptive[t], eta);
     });
     for (double part : parts) total += part;  // in this order on any number of threads
   }
-  const double mean = std::sqrt(total / elements(count, sizes));
-  const double unit = mean < FLT_MIN ? FLT_MIN : mean;  // nan stays nan
-  result[0] = float(unit);
-  result[1] = float(std::sqrt(total) / unit);
+  return total;
 }
 
-// Save every tensor, laid end to end, and move it by sign T (factor^2 g) T. `away` is set before the first moves. From
-// the last on, as what `measure` has read last is still in the cache.
-void move(int64_t count, const int64_t* sizes, float* const* w, const float* const* g, int64_t adaptive, float eta,
-          int threads, float factor, float sign, float* saved, int32_t* away) {
+// Save every tensor, laid end to end before `end`, and move it by sign T (factor^2 g) T. `away` is set before the first
+// moves. From the last on, as what `measure` has read last is still in the cache.
+void move(int64_t count, Tensors w, Tensors g, const int8_t* adaptive, float eta, int threads, float factor,
+          float sign, float* end, int8_t* away) {
   *away = 1;
-  saved += elements(count, sizes);
   for (int64_t t = count - 1; t >= 0; --t) {
-    saved -= sizes[t];
-    chunks(sizes[t], threads, true, [&](int64_t, int64_t start, int64_t n) {
-      if (t < adaptive)
-        adaptive_move(w[t] + start, g[t] + start, saved + start, n, eta, factor, sign);
-      else
-        plain_move(w[t] + start, g[t] + start, saved + start, n, factor, sign);
+    float *at = memory(w[t]), *grad = memory(g[t]), *saved = end -= w[t]->numel();
+    chunks(w[t]->numel(), threads, true, [&](int64_t start, int64_t n) {
+      save_and_move(at + start, grad + start, saved + start, n, adaptive[t], eta, factor, sign);
     });
+    w[t]->bump_version();
   }
 }
 
-// Copy back what was saved, from the last on.
-void put_back(int64_t count, const int64_t* sizes, float* const* w, int threads, const float* saved) {
-  saved += elements(count, sizes);
+// Copy back what was saved, from the last on; 0, and nothing is copied, where any tensor lies elsewhere by now.
+int put_back(int64_t count, Tensors w, const Place* places, int threads, const float* end) {
+  for (int64_t t = 0; t < count; ++t)
+    if (!is_plain(w[t]) || Place(w[t]) != places[t]) return 0;
   for (int64_t t = count - 1; t >= 0; --t) {
-    saved -= sizes[t];
-    chunks(sizes[t], threads, true,
-           [&](int64_t, int64_t start, int64_t n) { std::memcpy(w[t] + start, saved + start, n * sizeof(float)); });
+    float* at = memory(w[t]);
+    const float* saved = end -= w[t]->numel();
+    chunks(w[t]->numel(), threads, true,
+           [&](int64_t start, int64_t n) { std::memcpy(at + start, saved + start, n * sizeof(float)); });
+    w[t]->bump_version();
   }
+  return 1;
 }
 }

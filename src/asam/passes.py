@@ -5,6 +5,7 @@ The ascent pass leaves ``.grad`` alone: what earlier micro-batches have put ther
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -134,9 +135,8 @@ class Passes:
         self.check_dense(params, grads)
         if averaged and not self._sharded:
             self._replicas.average_(list(params.values()), grads)
-        rows = zip(params.items(), grads, strict=True)
-        found = [(name, param, grad) for (name, param), grad in rows if grad is not None]
-        if not found:
+        there = [grad is not None for grad in grads]
+        if not any(there):
             raise RuntimeError(
                 "no perturbed parameter has a gradient: the loss must depend on a parameter of the model that "
                 "requires one, and perturbed() needs loss.backward() before it"
@@ -146,8 +146,8 @@ class Passes:
                     else ""
                 )
             )
-        names, chosen, values = zip(*found, strict=True)
-        return list(names), list(chosen), list(values)
+        values = [grad for grad in grads if grad is not None]
+        return list(compress(params, there)), list(compress(params.values(), there)), values
 
     def look_for_any(self) -> None:
         """Raise if no parameter has a gradient in ``.grad``; those of shards may come in a later call."""

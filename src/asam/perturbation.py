@@ -72,8 +72,11 @@ def perturbed(
         _away[id(params)] = params
         with torch.no_grad():
             # large ones move as memory, in slices for example, which does not follow if the parameter gets another
-            memories = [p.detach() if type(p) is nn.Parameter and p.numel() > CPU_BLOCK else p for p in params]
-            large += [(p, memory) for p, memory in zip(params, memories, strict=True) if memory is not p]
+            memories = list(params)
+            for i, size in enumerate(map(Tensor.numel, params)):
+                if size > CPU_BLOCK and type(params[i]) is nn.Parameter:
+                    memories[i] = params[i].detach()
+                    large.append((params[i], memories[i]))
             for block in geometry.blocks(names, memories, grads, rho, execution=execution):
                 block.keep()
                 saved.append(block)
@@ -134,7 +137,8 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     """``model.modules()`` in a third of the time: it is asked for in every step."""
     found, seen = [model], {id(model)}
     for module in found:  # which grows meanwhile
-        for child in module._modules.values():
+        children = module._modules
+        for child in children.values() if children else ():
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 found.append(child)

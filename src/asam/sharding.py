@@ -25,7 +25,7 @@ Group = Any
 def is_sharded(params: Iterable[Tensor]) -> bool:
     """Whether any of them is a DTensor."""
     kind = _loaded("torch.distributed.tensor", "DTensor")
-    return kind is not None and any(isinstance(param, kind) for param in params)
+    return kind is not None and any(issubclass(its, kind) for its in set(map(type, params)))
 
 
 def local(tensors: Sequence[Tensor]) -> list[Tensor]:
