@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -67,6 +68,12 @@ def test_traced_once_it_serves_for_other_numbers(traced, rows):
     weight, grad, other = rows
     recorded = traced(maximizer, (weight, grad))
     torch.testing.assert_close(recorded(1000 * other, weight), by_hand(1000 * other, weight))
+
+
+def test_a_tensor_without_contents_has_no_numbers_to_read():
+    with FakeTensorMode():
+        weight, grad = torch.randn(3, 4), torch.randn(3, 4)
+    assert maximizer(weight, grad).shape == (3, 4)
 
 
 @pytest.mark.slow

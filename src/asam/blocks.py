@@ -5,6 +5,7 @@ the product of a unit, such as the largest magnitude, and the norm in it, so it 
 Nothing here reads a value back from an accelerator.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from .kernels import (
     HALF,
-    at_hand,
     compiled,
     factors,
     is_traced,
@@ -24,7 +24,7 @@ from .kernels import (
     move_,
     moved,
     rounded,
-    scaled_norm,
+    scaled_squares,
     wide,
 )
 from .layout import common_order, flat, laid_out, put_back, views
@@ -44,6 +44,8 @@ CPU_ALONE, ACCELERATOR_ALONE, COMPILED_ALONE = 8, 16, 32
 FEW = 2**12
 # Blocks of fewer elements gain nothing from being compiled for.
 COMPILED_FROM = 2**15
+# A sum of squares between these has neither under- nor overflowed in float32, but for what is nothing beside the rest.
+SMALL, LARGE = 1e-20, 1e20
 
 
 class Piece(NamedTuple):
@@ -138,7 +140,7 @@ class Block:
 
     q: float
     sign: int
-    factors: tuple[Any, ...]
+    factors: tuple[Any, ...] | float
 
     def __init__(self, pieces: list[Piece], eta: float, execution: Execution) -> None:
         # those with T = |w| + eta first, then those with a scale of their own, then those with T = 1
@@ -156,7 +158,6 @@ class Block:
         self._target = self._param if in_place else laid_out(self.targets)
         # computed in; what is in half precision in float32
         self._dtype = torch.float32 if self._param.dtype in HALF else self._param.dtype
-        self._is_plain = False  # whether T g may be multiplied as it is
         self._saved: list[Tensor] = []
         self._spare: Tensor | None = None
         self._stochastic = execution.stochastic and self._param.dtype in HALF
@@ -189,22 +190,23 @@ class Block:
         scale[end:].fill_(1)
         return scale, None
 
+    def squares(self) -> float | None:
+        """The sum of (T g)^2, which may have under- or overflowed; None where it cannot be had at once."""
+        if self._order is not None or not self._param.is_cpu:
+            return None
+        total = scaled_squares(self._param, self._grad, *self._scale())
+        return total.item() if type(total) is Tensor else None  # a fake of a tracer has none
+
     def unit_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_q`` in it: two numbers that neither underflow nor overflow."""
-        if q == 2 and self._order is None and self._param.is_cpu and not is_traced():  # nothing waits for a number
-            norm = scaled_norm(self._param, self._grad, *self._scale())
-            self._is_plain = at_hand(norm) is not None
-            if self._is_plain:
-                return norm, torch.ones_like(norm)
         kernel = measured if self._order is None or len(self.targets) > 1 else measured_and_copied
         largest, norm, *copy = self._run(kernel, self._param, self._grad, *self._scale(), q)
         self._saved = [same.as_strided(self.targets[0].shape, self.targets[0].stride()) for same in copy]
         return largest, norm
 
     def _factors(self) -> Sequence[Tensor] | float:
-        factor = at_hand(self.factors[0]) if self._is_plain and self.factors[0].is_cpu else None
-        if factor is not None:
-            return factor**2
+        if isinstance(self.factors, float):
+            return self.factors
         return [factor.to(self._param.device, self._dtype, non_blocking=True) for factor in self.factors]
 
     def move(self) -> None:
@@ -256,9 +258,20 @@ def dual_norm(blocks: list[Block | NativeBlock], q: float) -> DualNorm:
     return together([block.unit_and_norm(q) for block in blocks], q)
 
 
-def factors_of(blocks: list[Block | NativeBlock], q: float, rho: float) -> tuple[Tensor | float, ...]:
-    """The numbers that each of these blocks takes to make its part of the perturbation of size ``rho`` >= 0."""
-    if len(blocks) == 1 and isinstance(blocks[0], NativeBlock):
-        return (blocks[0].factor(rho),)
+def factors_of(blocks: list[Block | NativeBlock], q: float, rho: float) -> tuple[Tensor, ...] | float:
+    """What each of these blocks takes to make its part of the perturbation of size ``rho`` >= 0.
+
+    On the CPU that of q = 2 is a number, rho / ||T g||, which costs no operation of torch.
+    """
+    if q == 2 and not is_traced():
+        squares = 0.0
+        for block in reversed(blocks):  # those that have no number at once are the last
+            more = block.squares()
+            if more is None:
+                break
+            squares += more
+        else:
+            if SMALL < squares < LARGE:
+                return rho / math.sqrt(squares)
     norm = dual_norm(blocks, q)
     return factors(q, rho, norm.unit, norm.norm)

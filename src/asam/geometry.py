@@ -220,7 +220,7 @@ class Geometry:
         if is_sharded(params):
             blocks, norm = self._cut_shards(names, kinds, params, grads, targets, q, execution)
             grads.clear()
-            numbers: tuple[Any, ...] = factors(q, abs(rho), norm.unit, norm.norm)
+            numbers: tuple[Tensor, ...] | float = factors(q, abs(rho), norm.unit, norm.norm)
         else:
             scales: list[Tensor | None] = [None] * len(params)
             if self.normalization not in WITHOUT_SCALE:

@@ -17,8 +17,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .checks import warn
 
 HALF = (torch.float16, torch.bfloat16)
-# Numbers between these can be squared, and their squares summed, in float32.
-SMALL, LARGE = 1e-10, 1e10
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -43,17 +41,9 @@ def is_traced() -> bool:
     )
 
 
-def at_hand(number: Tensor) -> float | None:
-    """The value of a number on the CPU; None if it is too small or too large, or not a tensor of numbers."""
-    if type(number) is not Tensor:
-        return None
-    value = number.item()
-    return value if SMALL < value < LARGE else None
-
-
-def scaled_norm(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None) -> Tensor:
-    """``||T g||_2``, as it comes: it may have under- or overflowed. T is as :func:`measured` takes it."""
-    return norm_(_scaled(param, grad, scale, eta), 2)
+def scaled_squares(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None) -> Tensor:
+    """The sum of (T g)^2, as it comes: it may have under- or overflowed. T is as :func:`measured` takes it."""
+    return _scaled(param, grad, scale, eta).square().sum()
 
 
 def measured(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None, q: float) -> Any:

@@ -113,7 +113,7 @@ class NativeBlock:
 
     q: float
     sign: int
-    factors: tuple[Any, ...]
+    factors: tuple[Any, ...] | float
 
     def __init__(
         self,
@@ -139,17 +139,14 @@ class NativeBlock:
 
     def unit_and_norm(self, _q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_2`` in it: two numbers that neither underflow nor overflow."""
-        norm = self._norm()
+        norm = math.sqrt(self.squares())
         unit = max(norm / math.sqrt(self.elements), TINY)
         return torch.tensor(unit, device="cpu"), torch.tensor(norm / unit, device="cpu")
 
-    def factor(self, rho: float) -> float:
-        """What :func:`asam.kernels.factors` makes of these two numbers, without an operation of torch."""
-        return math.sqrt(rho / max(self._norm(), TINY / 2))
-
-    def _norm(self) -> float:
-        total = self._loops.measure(*self._scaled())
-        return math.sqrt(total) if total < math.inf else math.nan  # which nothing of the perturbation survives
+    def squares(self) -> float:
+        """The sum of (T g)^2, which has neither under- nor overflowed."""
+        total: float = self._loops.measure(*self._scaled())
+        return total
 
     def _end(self) -> int:
         """Of what is saved."""
@@ -162,8 +159,8 @@ class NativeBlock:
 
     def move(self) -> None:
         """Add the perturbation to the targets in place, each saved before."""
-        (factor,) = self.factors
-        self._loops.move(*self._scaled(), float(factor), self.sign, self._end(), _address(self._away))
+        factor = math.sqrt(self.factors) if isinstance(self.factors, float) else float(self.factors[0])
+        self._loops.move(*self._scaled(), factor, self.sign, self._end(), _address(self._away))
 
     def let_go(self) -> None:
         """Let go what :meth:`put_back` does not need."""
