@@ -1,5 +1,9 @@
 """compile=True on the CPU: the loops in C++ do what the operations of torch do, and give back what they take."""
 
+import os
+import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -7,6 +11,8 @@ import pytest
 import torch
 from slow_reference import assert_same, maximizer, shapes_problem, weights
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import asam.native
@@ -17,7 +23,30 @@ from asam.native import CHUNK, DIMENSIONS, NativeBlock, block_of, library
 LARGE = 600  # a square of it is more than a block of the CPU, and several chunks
 assert max(CPU_BLOCK, CHUNK) < LARGE**2
 
-pytestmark = pytest.mark.skipif(library() is None, reason="there is no C++ compiler with OpenMP")
+
+def has_compiler():
+    """Whether any program with a parallel loop can be compiled: then ours must be."""
+    command = [
+        *shlex.split(os.environ.get("CXX", "c++")),
+        "-std=c++20",
+        "-fopenmp",
+        "-x",
+        "c++",
+        "-",
+        "-o",
+        "/dev/null",
+    ]
+    program = "#include <omp.h>\nint main() { return omp_get_max_threads(); }"
+    try:
+        return subprocess.run(command, input=program, text=True, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="it is for Linux"),
+    pytest.mark.skipif(not has_compiler(), reason="there is no C++ compiler with OpenMP"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -231,18 +260,123 @@ def test_no_gradient_beside_one_of_another_dtype(moves):
     assert moves == [2]
 
 
-def test_a_kind_of_tensor_that_has_its_own_ideas_is_not_asked_for_its_memory(moves):
-    class Shy(nn.Parameter):
-        @classmethod
-        def __torch_function__(cls, function, types, arguments=(), options=None):
-            if function == Shy._cdata.__get__:
-                raise TypeError("not this")
-            return super().__torch_function__(function, types, arguments, options or {})
+class Shy(nn.Parameter):
+    """One that does not tell where what torch holds of it is."""
 
+    @classmethod
+    def __torch_function__(cls, function, types, arguments=(), options=None):
+        if function == Shy._cdata.__get__:
+            raise TypeError("not this")
+        return super().__torch_function__(function, types, arguments, options or {})
+
+
+def test_a_kind_of_tensor_that_has_its_own_ideas_is_not_asked_for_its_memory(moves):
     model = nn.Linear(40, 40)
     model.weight = Shy(torch.randn(40, 40))
     there(with_gradients(model), ASAM(model, compile=True))
     assert moves == [1]
+
+
+def test_weights_come_back_into_a_kind_of_tensor_that_has_its_own_ideas(moves):
+    model = with_gradients(network())
+    before = weights(model)
+    with ASAM(model, compile=True).perturbed():
+        torch.utils.swap_tensors(model[0].weight, Shy(torch.zeros(40, 40)))
+    assert_same(weights(model), before)
+    assert moves
+
+
+def test_who_answers_for_all_tensors_is_not_asked_for_their_memory(moves):
+    class Refusing(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), options=None):
+            if function == torch.Tensor._cdata.__get__:
+                raise TypeError("not this")
+            return function(*arguments, **(options or {}))
+
+    model = with_gradients(network())
+    with Refusing():
+        there(model, ASAM(model, compile=True))
+    assert moves
+
+
+def test_a_tensor_without_contents_is_not_asked_for_them(capfd):
+    with FakeTensorMode():
+        fakes = [torch.randn(4, 3)], [torch.randn(4, 3)]
+    assert block_of([True], *fakes, 0.0)[0] is None
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_tensor_that_tells_no_shape_goes_the_other_way(moves):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.randn(3, 3))
+    model.nested = nn.Parameter(torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(1, 3)]))
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError):  # as without compile=True: torch does not compute with it what is needed
+        ASAM(model, compile=True).backward(lambda: model.weight.sum() + model.nested.to_padded_tensor(0.0).sum())
+    assert torch.equal(model.weight, before)
+    assert not moves
+
+
+def product_of(one, other):
+    """Their inner product, whose gradients are the factors themselves and no copies."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(context, a, b):
+            context.save_for_backward(a.detach(), b.detach())
+            return (a * b).sum()
+
+        @staticmethod
+        def backward(context, unit):
+            return context.saved_tensors[::-1]
+
+    return Product.apply(one, other)
+
+
+@pytest.mark.parametrize(("fast", "size"), [(False, 10), (False, 200_000), (True, 10)])
+def test_a_gradient_may_be_another_parameter(fast, size):
+    model = nn.ParameterList([torch.randn(size), torch.randn(size)])
+    before = weights(model)
+    e = Geometry().maximizer(before, {"0": before["1"], "1": before["0"]}, 0.3)
+    found = []
+
+    def closure():
+        found.append(weights(model))
+        return product_of(*model)
+
+    ASAM(model, rho=0.3, compile=fast).backward(closure)
+    for name, w in before.items():
+        torch.testing.assert_close(found[1][name], w + e[name], rtol=1e-6, atol=1e-6)
+    assert_same(weights(model), before)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_memory_that_two_parameters_share_may_have_a_gradient_that_does_not_fit(fast, moves):
+    memory, ends = torch.randn(8), []
+    for execution in (Execution(), Execution(compile=fast)):
+        params = [memory.clone()]
+        params.append(params[0].view(8))
+        grads = [torch.ones(()).expand(8), torch.arange(8.0)]
+        blocks = list(Geometry().blocks(["0", "1"], params, grads, 0.3, execution=execution))
+        for block in blocks:
+            block.keep()
+            block.move()
+        ends.append(params[0])
+    assert torch.equal(*ends)
+    assert not moves
+
+
+def test_under_a_transform_of_functions_it_goes_the_other_way(moves):
+    model = with_gradients(nn.Linear(4, 1))
+    asam = ASAM(model, compile=True)
+
+    def output(inputs):
+        with asam.perturbed():
+            return model(inputs).sum()
+
+    torch.func.grad(output)(torch.ones(3, 4))
+    assert not moves
 
 
 def test_who_counts_operations_sees_them(moves):
@@ -380,6 +514,20 @@ def test_a_parameter_that_cannot_be_written_to_keeps_no_other_from_coming_back(f
     assert_same(weights(model), before)
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-9, 1e6])
+def test_the_default_dtype_does_not_matter_beside_another_dtype(default, magnitude, moves):
+    model = nn.ModuleList([nn.Linear(20, 20), nn.Linear(20, 20).double()])
+    expected = there(with_gradients(model, magnitude), ASAM(model, compile=True))[2]
+    with_gradients(model, magnitude)
+    torch.set_default_dtype(default)
+    try:
+        assert_same(there(model, ASAM(model, compile=True))[2], expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert moves == [2, 2]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_default_dtype_does_not_matter(dtype, moves):
     expected = there(with_gradients(model := network()), ASAM(model, compile=True))[2]
@@ -402,8 +550,13 @@ def test_the_default_device_does_not_matter():
 
 @pytest.mark.parametrize(
     "other",
-    [torch.Tensor.double, torch._neg_view, lambda grad: torch._efficientzerotensor(grad.shape)],
-    ids=["dtype", "negative", "zero"],
+    [
+        torch.Tensor.double,
+        torch._neg_view,
+        lambda grad: torch._efficientzerotensor(grad.shape),
+        lambda grad: torch._efficientzerotensor((2, *grad.shape))[1],
+    ],
+    ids=["dtype", "negative", "zero", "half of zero"],
 )
 def test_a_direction_that_is_not_plain_memory_goes_the_other_way(other, moves):
     w, grad, ends = torch.randn(40, 40), other(torch.randn(40, 40)), []
@@ -417,7 +570,7 @@ def test_a_direction_that_is_not_plain_memory_goes_the_other_way(other, moves):
     assert not moves
 
 
-@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true", "", "'"])
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "true", "", "'", "c++ -fvisibility=hidden"])
 def test_without_a_compiler_it_goes_the_other_way(compiler, monkeypatch):
     library.cache_clear()
     monkeypatch.setenv("CXX", compiler)

@@ -27,7 +27,7 @@ from .kernels import (
     scaled_squares,
     wide,
 )
-from .layout import common_order, flat, laid_out, put_back, views
+from .layout import common_order, flat, laid_out, put_back, storage, views
 from .native import NativeBlock
 from .norms import DualNorm, together
 
@@ -80,6 +80,7 @@ class Piece(NamedTuple):
 def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Block]":
     """Blocks of one device and dtype each, of no more elements than the limit. ``pieces`` is emptied."""
     blocks: list[Block] = []
+    targets = [piece.target for piece in pieces]
     groups: dict[tuple[torch.device, torch.dtype], list[Piece]] = {}
     for piece in pieces:
         groups.setdefault((piece.param.device, piece.param.dtype), []).append(piece)
@@ -102,8 +103,12 @@ def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Blo
                 room -= size
     groups.clear()
     parts.reverse()
+    moving = set(map(storage, targets)) if any(len(part) == 1 for part in parts) else set()
     while parts:
-        blocks.append(Block(parts.pop(), eta, execution))
+        part = parts.pop()
+        if len(part) == 1 and storage(part[0].grad) in moving:  # a target that moves before must not change it
+            part = [part[0]._replace(grad=part[0].grad.clone())]
+        blocks.append(Block(part, eta, execution))
     return blocks
 
 

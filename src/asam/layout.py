@@ -27,6 +27,11 @@ def common_order(param: Tensor, grad: Tensor) -> torch.memory_format | None:
     return None
 
 
+def storage(tensor: Tensor) -> int | None:
+    """Which memory a tensor is some of, None if it has none of its own."""
+    return tensor.untyped_storage()._cdata if torch._C._has_storage(tensor) else None
+
+
 def flat(tensor: Tensor) -> Tensor:
     """A tensor that fills its memory without a gap, as one dimension."""
     return tensor.as_strided((tensor.numel(),), (1,))

@@ -3,11 +3,10 @@
 // T = |w| + eta where `adaptive`, else T = 1.
 
 #include <c10/core/TensorImpl.h>
-
 #include <algorithm>
+#include <array>
 #include <cmath>
-#include <cstring>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
@@ -15,12 +14,10 @@
 #else
 #define VECTORIZED
 #endif
-
 using Tensor = c10::TensorImpl;
 using Tensors = Tensor* const*;
 
 namespace {
-
 // Call f(start, size) for every CHUNK of n elements, from the last on where `backwards`, on so many threads.
 template <class F>
 void chunks(int64_t n, int threads, bool backwards, F f) {
@@ -59,27 +56,26 @@ VECTORIZED void save_and_move(float* w, const float* g, float* saved, int64_t n,
 
 float* memory(Tensor* tensor) { return static_cast<float*>(tensor->mutable_data()); }
 
+// Where a tensor lies, how many dimensions it has, its shape and its strides.
+using Place = std::array<int64_t, 2 + 2 * DIMENSIONS>;
+Place place(Tensor* tensor) {
+  Place result{reinterpret_cast<int64_t>(memory(tensor)), tensor->dim()};
+  std::copy_n(tensor->sizes().data(), tensor->dim(), &result[2]);
+  std::copy_n(tensor->strides().data(), tensor->dim(), &result[2 + DIMENSIONS]);
+  return result;
+}
+
 // Whether a tensor is nothing but memory of float32, some of it, filled without a gap.
 bool is_plain(Tensor* tensor) {
   try {
-    return tensor->has_storage() && tensor->is_cpu() && tensor->dtype() == caffe2::TypeMeta::Make<float>() &&
-           tensor->numel() > 0 && tensor->dim() <= DIMENSIONS && tensor->is_non_overlapping_and_dense() &&
-           !tensor->is_inference() && !tensor->key_set().has(c10::DispatchKey::Negative) && memory(tensor);
-  } catch (const std::exception&) {  // it has no shape, or no memory, that may be asked for
+    return tensor->has_storage() && tensor->storage().data() && tensor->is_cpu() && tensor->numel() > 0 &&
+           tensor->dtype() == caffe2::TypeMeta::Make<float>() && tensor->is_non_overlapping_and_dense() &&
+           !tensor->key_set().has(c10::DispatchKey::Negative) && !tensor->is_inference() &&
+           tensor->dim() <= DIMENSIONS && place(tensor)[0];
+  } catch (const std::exception&) {  // some of that may not be asked for
     return false;
   }
 }
-
-// Where a tensor lies, and how it is read.
-struct Place {
-  int64_t data, dimensions, shape[DIMENSIONS]{}, strides[DIMENSIONS]{};
-  explicit Place(Tensor* tensor) : data(reinterpret_cast<int64_t>(memory(tensor))), dimensions(tensor->dim()) {
-    std::copy_n(tensor->sizes().data(), dimensions, shape);
-    std::copy_n(tensor->strides().data(), dimensions, strides);
-  }
-  bool operator==(const Place&) const = default;
-};
-
 }  // namespace
 
 extern "C" {
@@ -90,18 +86,24 @@ void fit(int64_t count, Tensors w, Tensors g, int8_t* fits) {
               (w[t]->strides() == g[t]->strides() || (w[t]->is_contiguous() && g[t]->is_contiguous()));
 }
 
-// Note where all lie, and return how many elements they have; 0 where two share memory, which would be moved twice.
-int64_t note(int64_t count, Tensors w, Place* places) {
+// Note where all lie, and return how many elements they have; 0 where what is moved is in the memory of another.
+int64_t note(int64_t count, Tensors w, Tensors g, Place* places) {
   int64_t elements = 0;
-  std::vector<std::pair<float*, float*>> spans;
+  std::vector<std::tuple<float*, float*, bool>> spans;
   for (int64_t t = 0; t < count; ++t) {
-    places[t] = Place(w[t]);
-    spans.emplace_back(memory(w[t]), memory(w[t]) + w[t]->numel());
+    places[t] = place(w[t]);
+    spans.emplace_back(memory(w[t]), memory(w[t]) + w[t]->numel(), true);
+    spans.emplace_back(memory(g[t]), memory(g[t]) + g[t]->numel(), false);
     elements += w[t]->numel();
   }
   std::sort(spans.begin(), spans.end());
-  const auto meet = [](const auto& one, const auto& next) { return next.first < one.second; };
-  return std::adjacent_find(spans.begin(), spans.end(), meet) == spans.end() ? elements : 0;
+  float *end = nullptr, *moves_until = nullptr;  // of all that is before, and of what moves of that
+  for (const auto& [from, to, moves] : spans) {
+    if (from < (moves ? end : moves_until)) return 0;
+    end = std::max(end, to);
+    if (moves) moves_until = end;
+  }
+  return elements;
 }
 
 // The sum of (T g)^2.
@@ -110,9 +112,8 @@ double measure(int64_t count, Tensors w, Tensors g, const int8_t* adaptive, floa
   std::vector<double> parts;
   for (int64_t t = 0; t < count; ++t) {
     parts.assign((w[t]->numel() + CHUNK - 1) / CHUNK, 0);
-    const float *at = memory(w[t]), *grad = memory(g[t]);
     chunks(w[t]->numel(), threads, false, [&](int64_t start, int64_t n) {
-      parts[start / CHUNK] = squares(at + start, grad + start, n, adaptive[t], eta);
+      parts[start / CHUNK] = squares(memory(w[t]) + start, memory(g[t]) + start, n, adaptive[t], eta);
     });
     for (double part : parts) total += part;  // in this order on any number of threads
   }
@@ -125,9 +126,9 @@ void move(int64_t count, Tensors w, Tensors g, const int8_t* adaptive, float eta
           float sign, float* end, int8_t* away) {
   *away = 1;
   for (int64_t t = count - 1; t >= 0; --t) {
-    float *at = memory(w[t]), *grad = memory(g[t]), *saved = end -= w[t]->numel();
+    end -= w[t]->numel();
     chunks(w[t]->numel(), threads, true, [&](int64_t start, int64_t n) {
-      save_and_move(at + start, grad + start, saved + start, n, adaptive[t], eta, factor, sign);
+      save_and_move(memory(w[t]) + start, memory(g[t]) + start, end + start, n, adaptive[t], eta, factor, sign);
     });
     w[t]->bump_version();
   }
@@ -136,12 +137,11 @@ void move(int64_t count, Tensors w, Tensors g, const int8_t* adaptive, float eta
 // Copy back what was saved, from the last on; 0, and nothing is copied, where any tensor lies elsewhere by now.
 int put_back(int64_t count, Tensors w, const Place* places, int threads, const float* end) {
   for (int64_t t = 0; t < count; ++t)
-    if (!is_plain(w[t]) || Place(w[t]) != places[t]) return 0;
+    if (!is_plain(w[t]) || place(w[t]) != places[t]) return 0;
   for (int64_t t = count - 1; t >= 0; --t) {
-    float* at = memory(w[t]);
-    const float* saved = end -= w[t]->numel();
-    chunks(w[t]->numel(), threads, true,
-           [&](int64_t start, int64_t n) { std::memcpy(at + start, saved + start, n * sizeof(float)); });
+    end -= w[t]->numel();
+    const auto copy = [&](int64_t start, int64_t n) { std::copy_n(end + start, n, memory(w[t]) + start); };
+    chunks(w[t]->numel(), threads, true, copy);
     w[t]->bump_version();
   }
   return 1;

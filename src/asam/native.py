@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .layout import put_back
+from .kernels import is_traced
+from .layout import put_back, storage
 
 SOURCE = Path(__file__).with_name("native.cpp")
 CHUNK = 2**15  # elements that one thread takes at a time: they stay in a core's cache
@@ -57,21 +58,22 @@ def library() -> ctypes.CDLL | None:
             command = [*compiler, *FLAGS, *constants, abi, str(SOURCE), "-o", str(path), *torchs]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             loops = ctypes.CDLL(str(path))
-    except (OSError, ValueError, subprocess.SubprocessError):
+        loops.fit.argtypes = [*TENSORS, ctypes.c_void_p, ctypes.c_void_p]
+        loops.note.argtypes = [*TENSORS, ctypes.c_void_p, ctypes.c_void_p]
+        loops.note.restype = ctypes.c_int64
+        loops.measure.argtypes = SCALED
+        loops.measure.restype = ctypes.c_double
+        loops.move.argtypes = [*SCALED, ctypes.c_float, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p]
+        loops.put_back.argtypes = [*TENSORS, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
+    except (OSError, ValueError, AttributeError, subprocess.SubprocessError):
         return None
-    loops.fit.argtypes = [*TENSORS, ctypes.c_void_p, ctypes.c_void_p]
-    loops.note.argtypes = [*TENSORS, ctypes.c_void_p]
-    loops.note.restype = ctypes.c_int64
-    loops.measure.argtypes = SCALED
-    loops.measure.restype = ctypes.c_double
-    loops.move.argtypes = [*SCALED, ctypes.c_float, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p]
-    loops.put_back.argtypes = [*TENSORS, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p]
     return loops
 
 
 def is_for(q: float) -> bool:
     """Whether any tensors may go this way."""
-    return q == 2 and _get_current_dispatch_mode() is None  # someone who counts or fakes operations would see none
+    # someone who counts or fakes operations would see none
+    return q == 2 and _get_current_dispatch_mode() is None and not is_traced()
 
 
 def block_of(
@@ -88,21 +90,21 @@ def block_of(
     loops = library() if any(kind is not None for kind in adaptive) else None
     if loops is None:
         return None, range(len(params))
-    with torch._C.DisableTorchFunctionSubclass():
-        w, g = _impls(params), _impls(grads)
-    plain = array("b", [False]) * len(params)
+    w, g, plain = _impls(params), _impls(grads), array("b", [False]) * len(params)
     loops.fit(len(params), _address(w), _address(g), _address(plain))
     types = zip(plain, map(type, params), map(type, grads), adaptive, strict=True)
     fits = [fit and param in PLAIN and grad is Tensor and kind is not None for fit, param, grad, kind in types]
     columns: list[list[Any]] = [list(compress(column, fits)) for column in (params, grads, w, g, adaptive)]
     block = NativeBlock(loops, eta, *columns)
-    if not block.elements:
+    others = [i for i, fit in enumerate(fits) if not fit]
+    memory = {storage(tensor) for tensor in (*columns[0], *columns[1])} if others else set()
+    if not block.elements or any(storage(params[i]) in memory for i in others):
         return None, range(len(params))
-    return block, [i for i, fit in enumerate(fits) if not fit]
+    return block, others
 
 
 class NativeBlock:
-    """Many tensors as they lie in memory; ``elements`` is 0 if there are none, or two share memory.
+    """Many tensors as they lie in memory; ``elements`` is 0 if there are none, or one lies in another.
 
     Args:
         loops: the :func:`library`.
@@ -129,19 +131,22 @@ class NativeBlock:
         self._loops, self._grads, self._eta = loops, grads, eta
         self._impls, self._gradients, self._adaptive = array("Q", impls), array("Q", gradients), array("b", adaptive)
         self._places = array("q", [0]) * (PLACE * len(params))  # noted for put_back
-        self.elements: int = loops.note(len(params), _address(self._impls), _address(self._places))
+        self.elements: int = loops.note(*self._pairs(), _address(self._places))
         self._saved: Tensor | None = None
         self._away = array("b", [False])
 
+    def _pairs(self) -> tuple[int, int, int]:
+        return len(self.targets), _address(self._impls), _address(self._gradients)
+
     def _scaled(self) -> tuple[int, int, int, int, float, int]:
-        at = _address(self._impls), _address(self._gradients), _address(self._adaptive)
-        return len(self.targets), *at, self._eta, torch.get_num_threads()
+        return *self._pairs(), _address(self._adaptive), self._eta, torch.get_num_threads()
 
     def unit_and_norm(self, _q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_2`` in it: two numbers that neither underflow nor overflow."""
         norm = math.sqrt(self.squares())
         unit = max(norm / math.sqrt(self.elements), TINY)
-        return torch.tensor(unit, device="cpu"), torch.tensor(norm / unit, device="cpu")
+        unit_of_it, norm_in_it = torch.tensor([unit, norm / unit], dtype=torch.float32, device="cpu")
+        return unit_of_it, norm_in_it
 
     def squares(self) -> float:
         """The sum of (T g)^2, which has neither under- nor overflowed."""
@@ -182,7 +187,8 @@ class NativeBlock:
 
 
 def _impls(tensors: Sequence[Tensor]) -> "array[int]":
-    return array("Q", map(IMPL, tensors))
+    with torch._C.DisableTorchFunction():
+        return array("Q", map(IMPL, tensors))
 
 
 def _address(numbers: "array[Any]") -> int:
