@@ -13,8 +13,8 @@ from asam import ASAM, EconomicalASAM
 from asam.blocks import COMPILED_FROM
 from asam.kernels import compiled
 
-WIDE = 400
-BLOCK, ALONE = 2**17, 8  # of compiled code here: the largest tensor is cut in two, and small ones are laid end to end
+WIDE = 600
+BLOCK, ALONE = 2**18, 16  # of compiled code here: the largest tensor is cut in two, and small ones are laid end to end
 assert WIDE**2 > BLOCK > 2 * COMPILED_FROM
 assert BLOCK // ALONE > 100**2
 

@@ -208,7 +208,7 @@ def test_parameters_of_any_memory_layout(layout, monkeypatch):
         storage[:, ::2] = model.head.weight.detach()
         model.head.weight = nn.Parameter(storage[:, ::2])
     assert not all(p.is_contiguous() for p in model.parameters())
-    for limit in (2**17, 7):
+    for limit in (2**18, 7):
         monkeypatch.setattr("asam.blocks.CPU_BLOCK", limit)
         e = maximizer(before, gradient(model, closure), 0.5)
         _, at_perturbed = applied(ASAM(model), model, closure)

@@ -33,13 +33,13 @@ from .norms import DualNorm, together
 
 # Elements in a block: few enough to stay in the caches of each core that works on it, enough that starting operations
 # takes little of the time; on an accelerator, what bounds the scratch memory.
-CPU_BLOCK = 2**17
+CPU_BLOCK = 2**18
 ACCELERATOR_BLOCK = 2**24
 # Elements in a block that compiled code works on: it has no scratch memory, and a call of it costs as much as 2**16.
 COMPILED_BLOCK = 2**20
 # A tensor of more elements than this part of a block is one of its own: to lay it beside others would take longer than
 # it saves. Compiled code has more work for those.
-CPU_ALONE, ACCELERATOR_ALONE, COMPILED_ALONE = 8, 16, 32
+ALONE, COMPILED_ALONE = 16, 32
 # Elements in a tensor that take as long to copy three times as a view of it takes to make.
 FEW = 2**12
 # Blocks of fewer elements gain nothing from being compiled for.
@@ -114,11 +114,12 @@ def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Blo
 
 def _limits(device: torch.device, compile: bool) -> tuple[int, int]:
     """Elements in a block, and those from which on a tensor is one of its own."""
+    share = COMPILED_ALONE if compile else ALONE
     if device.type != "cpu":
-        return ACCELERATOR_BLOCK, ACCELERATOR_BLOCK // (COMPILED_ALONE if compile else ACCELERATOR_ALONE)
+        return ACCELERATOR_BLOCK, ACCELERATOR_BLOCK // share
     if compile:
-        return COMPILED_BLOCK, COMPILED_BLOCK // COMPILED_ALONE
-    return CPU_BLOCK * torch.get_num_threads(), CPU_BLOCK // CPU_ALONE
+        return COMPILED_BLOCK, COMPILED_BLOCK // share
+    return CPU_BLOCK * torch.get_num_threads(), CPU_BLOCK // share
 
 
 @dataclass(frozen=True)
