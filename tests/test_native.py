@@ -274,7 +274,7 @@ def test_a_kind_of_tensor_that_has_its_own_ideas_is_not_asked_for_its_memory(mov
     model = nn.Linear(40, 40)
     model.weight = Shy(torch.randn(40, 40))
     there(with_gradients(model), ASAM(model, compile=True))
-    assert moves == [1]
+    assert not moves
 
 
 def test_weights_come_back_into_a_kind_of_tensor_that_has_its_own_ideas(moves):

@@ -79,10 +79,10 @@ bool is_plain(Tensor* tensor) {
 }  // namespace
 
 extern "C" {
-// Which pairs of a tensor and its gradient can go this way: both are plain, and in the same order.
+// Which pairs of a tensor and its gradient, of those that might, can go this way: both are plain, in the same order.
 void fit(int64_t count, Tensors w, Tensors g, int8_t* fits) {
   for (int64_t t = 0; t < count; ++t)
-    fits[t] = is_plain(w[t]) && is_plain(g[t]) && w[t]->sizes() == g[t]->sizes() &&
+    fits[t] = fits[t] && is_plain(w[t]) && is_plain(g[t]) && w[t]->sizes() == g[t]->sizes() &&
               (w[t]->strides() == g[t]->strides() || (w[t]->is_contiguous() && g[t]->is_contiguous()));
 }
 

@@ -32,7 +32,7 @@ DIMENSIONS = 6  # of a tensor at most
 FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 PLACE = 2 + 2 * DIMENSIONS  # numbers in a Place of native.cpp
 TINY = torch.finfo(torch.float32).tiny
-PLAIN = (torch.nn.Parameter, Tensor)
+KINDS = {Tensor, torch.nn.Parameter}
 IMPL = attrgetter("_cdata")  # where torch holds what it knows of a tensor
 TENSORS: list[Any] = [ctypes.c_int64, ctypes.c_void_p]  # how many, and where what torch holds of them is
 # gradients, whether each has T = |w| + eta, eta, threads
@@ -87,20 +87,24 @@ def block_of(
         grads: their gradients.
         eta: the stabilizer.
     """
+    every = range(len(params))
+    # another kind of tensor may be more than its memory
+    if not (KINDS.issuperset(map(type, params)) and {Tensor}.issuperset(map(type, grads))):
+        return None, every
     loops = library() if any(kind is not None for kind in adaptive) else None
     if loops is None:
-        return None, range(len(params))
-    w, g, plain = _impls(params), _impls(grads), array("b", [False]) * len(params)
-    loops.fit(len(params), _address(w), _address(g), _address(plain))
-    types = zip(plain, map(type, params), map(type, grads), adaptive, strict=True)
-    fits = [fit and param in PLAIN and grad is Tensor and kind is not None for fit, param, grad, kind in types]
-    columns: list[list[Any]] = [list(compress(column, fits)) for column in (params, grads, w, g, adaptive)]
+        return None, every
+    w, g, fits = _impls(params), _impls(grads), array("b", [kind is not None for kind in adaptive])
+    loops.fit(len(params), _address(w), _address(g), _address(fits))
+    columns: list[Any] = [params, grads, w, g, adaptive]
+    others = [i for i in every if not fits[i]] if 0 in fits else []
+    if others:
+        columns = [list(compress(column, fits)) for column in columns]
+        memory = {storage(tensor) for tensor in (*columns[0], *columns[1])}
+        if any(storage(params[i]) in memory for i in others):
+            return None, every
     block = NativeBlock(loops, eta, *columns)
-    others = [i for i, fit in enumerate(fits) if not fit]
-    memory = {storage(tensor) for tensor in (*columns[0], *columns[1])} if others else set()
-    if not block.elements or any(storage(params[i]) in memory for i in others):
-        return None, range(len(params))
-    return block, others
+    return (block, others) if block.elements else (None, every)
 
 
 class NativeBlock:
@@ -121,14 +125,14 @@ class NativeBlock:
         self,
         loops: ctypes.CDLL,
         eta: float,
-        params: list[Tensor],
-        grads: list[Tensor],
-        impls: list[int],
-        gradients: list[int],
-        adaptive: list[bool],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        impls: Sequence[int],
+        gradients: Sequence[int],
+        adaptive: Sequence[bool],
     ) -> None:
-        self.targets = params
-        self._loops, self._grads, self._eta = loops, grads, eta
+        self.targets, self._grads = list(params), list(grads)
+        self._loops, self._eta = loops, eta
         self._impls, self._gradients, self._adaptive = array("Q", impls), array("Q", gradients), array("b", adaptive)
         self._places = array("q", [0]) * (PLACE * len(params))  # noted for put_back
         self.elements: int = loops.note(*self._pairs(), _address(self._places))
