@@ -48,8 +48,8 @@ class ASAM:
             tensors (the squares never 0), and returns (c0, c1): what is added to ``.grad`` of the perturbed parameters
             is c0 g0 + c1 g1 instead of g1. g0 is kept until then, one more copy of them.
         compile: whether the way to w + e runs as compiled code, made in the first step; the model is not compiled. On
-            a Linux CPU, for float32, p = 2 and T_w = |w| + eta or 1, by a C++ compiler in a second: about half the
-            time for large tensors, three fifths for many small ones. Elsewhere by ``torch.compile`` in some ten
+            a Linux CPU, for float32, p = 2 and T_w = |w| + eta or 1, by a C++ compiler in two seconds: about half the
+            time for large tensors, two fifths for many small ones. Elsewhere by ``torch.compile`` in some ten
             seconds. The copy of w is taken while the gradients at w are there: one more copy at the peak.
         rounding: of w + e where weights are in bfloat16 or float16: to the ``"nearest"``, in which most of what
             bfloat16 weights should do is lost, or ``"stochastic"``, which keeps it in the mean. The random numbers are

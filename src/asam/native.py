@@ -29,7 +29,7 @@ from .layout import put_back, storage
 SOURCE = Path(__file__).with_name("native.cpp")
 CHUNK = 2**15  # elements that one thread takes at a time: they stay in a core's cache
 DIMENSIONS = 6  # of a tensor at most
-FLAGS = ("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+FLAGS = ("-O3", "-DNDEBUG", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 PLACE = 2 + 2 * DIMENSIONS  # numbers in a Place of native.cpp
 TINY = torch.finfo(torch.float32).tiny
 KINDS = {Tensor, torch.nn.Parameter}
