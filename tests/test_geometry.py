@@ -2,7 +2,9 @@
 
 import itertools
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from slow_reference import (
@@ -139,6 +141,13 @@ def test_maximizer_does_not_depend_on_the_size_of_the_gradient(factor, p):
     assert_near(
         Geometry(p=p).maximizer(params, scaled, RHO), Geometry(p=p).maximizer(params, grads, RHO), rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float16, Fraction, int])
+def test_rho_may_be_any_kind_of_number(number):
+    params, grads = {"weight": torch.tensor([3.0, 1.0])}, {"weight": torch.tensor([1.0, 4.0])}
+    e = Geometry(eta=0.0).maximizer(params, grads, number(1))["weight"]
+    torch.testing.assert_close(e, torch.tensor([1.8, 0.8]))
 
 
 @pytest.mark.parametrize("rho", [1e-30, 1e-12, 1e-3, 1.0, 1e6])

@@ -92,6 +92,18 @@ def test_against_a_momentum(normalization):
     assert_near(there[0], {"0.weight": before["0.weight"] - e["0.weight"]})
 
 
+@pytest.mark.parametrize("scale", [lambda w: w[-1:], lambda w: w.t()], ids=["row", "transposed"])
+def test_a_scale_may_be_the_parameters_own_memory(scale, monkeypatch):
+    weight, grad = torch.rand(8, 8, dtype=torch.float64) + 1, torch.randn(8, 8, dtype=torch.float64)
+    there, params = scale(weight).clone(), [weight.clone()]
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", 16)
+    blocks = list(Geometry(scale, bias="scaled").blocks(["w"], params, [grad], RHO))
+    assert len(blocks) > 1
+    for block in blocks:
+        block.move()
+    torch.testing.assert_close(params[0], weight + RHO * there**2 * grad / (there * grad).norm())
+
+
 @pytest.mark.parametrize("device", ["meta", "cpu"])
 def test_blocks_of_an_accelerator_are_larger(device):
     # there they bound the scratch memory, on the CPU they fit a cache; a tensor on "meta" takes no memory

@@ -64,6 +64,12 @@ class Piece(NamedTuple):
         target = param if self.target is self.param else self.target[index]
         return Piece(param, self.grad[index], target, scale, self.elementwise)
 
+    def apart_from(self, moving: set[int | None]) -> "Piece":
+        """With copies of a gradient and a scale in memory that moves, perhaps before this one."""
+        grad = self.grad.clone() if storage(self.grad) in moving else self.grad
+        scale = self.scale.clone() if self.scale is not None and storage(self.scale) in moving else self.scale
+        return self._replace(grad=grad, scale=scale)
+
     def cut(self, limit: int) -> "Iterator[Piece]":
         """Slices along the first dimension, further in where a single row is larger than the limit."""
         length, size = self.param.shape[0], self.param.numel()
@@ -103,11 +109,12 @@ def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Blo
                 room -= size
     groups.clear()
     parts.reverse()
-    moving = set(map(storage, targets)) if any(len(part) == 1 for part in parts) else set()
+    moving: set[int | None] = set()
     while parts:
         part = parts.pop()
-        if len(part) == 1 and storage(part[0].grad) in moving:  # a target that moves before must not change it
-            part = [part[0]._replace(grad=part[0].grad.clone())]
+        if len(part) == 1 or any(piece.scale is not None for piece in part):  # the others are copied in any case
+            moving = moving or set(map(storage, targets))
+            part = [piece.apart_from(moving) for piece in part]
         blocks.append(Block(part, eta, execution))
     return blocks
 
@@ -278,6 +285,6 @@ def factors_of(blocks: list[Block | NativeBlock], q: float, rho: float) -> tuple
             squares += more
         else:
             if SMALL < squares < LARGE:
-                return rho / math.sqrt(squares)
+                return float(rho) / math.sqrt(squares)
     norm = dual_norm(blocks, q)
     return factors(q, rho, norm.unit, norm.norm)

@@ -191,8 +191,10 @@ class NativeBlock:
 
 
 def _impls(tensors: Sequence[Tensor]) -> "array[int]":
-    with torch._C.DisableTorchFunction():
-        return array("Q", map(IMPL, tensors))
+    impls = array("Q")
+    with torch._C.DisableTorchFunction():  # nothing is returned from here: Ctrl-C might come before its end
+        impls.extend(map(IMPL, tensors))
+    return impls
 
 
 def _address(numbers: "array[Any]") -> int:

@@ -99,6 +99,7 @@ def test_the_weights_are_w_wherever_ctrl_c_comes(way, monkeypatch):
         except KeyboardInterrupt:
             # not later: what holds the traceback would keep the frames that clean up alive
             assert_same(weights(model), before)
+            assert torch._C._is_torch_function_enabled()
             moves = int(model[1].num_batches_tracked)
             if moves == 1:
                 assert_same(dict(model.named_buffers()), after)
