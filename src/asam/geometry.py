@@ -224,9 +224,10 @@ class Geometry:
         else:
             scales: list[Tensor | None] = [None] * len(params)
             if self.normalization not in WITHOUT_SCALE:
-                rows = enumerate(zip(names, kinds, params, strict=True))
-                for i, (name, kind, param) in rows:
-                    scales[i] = None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())
+                scales = [
+                    None if kind in WITHOUT_SCALE else self._scale(name, kind, param.detach())
+                    for name, kind, param in zip(names, kinds, params, strict=True)
+                ]
             blocks = self._packed(kinds, params, grads, targets, scales, q, execution)
             grads.clear()
             del scales

@@ -173,9 +173,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
                 raise
-            if "LimitHit" not in type(error).__name__:
-                fast = function
             reason = str(getattr(error, "inner_exception", error)).partition("\n")[0]
+            if "LimitHit" in type(error).__name__:
+                reason = "torch._dynamo.config.recompile_limit is reached"
+            else:
+                fast = function
             warn(f"compile=True has no effect, torch.compile failed: {reason}")
             return function(*arguments)
 

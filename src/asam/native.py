@@ -53,9 +53,9 @@ def library() -> ctypes.CDLL | None:
             path = Path(folder, "native.so")
             compiler = shlex.split(os.environ.get("CXX", "c++"))
             constants = (f"-DCHUNK={CHUNK}", f"-DDIMENSIONS={DIMENSIONS}")
-            torchs = (f"-isystem{installed / 'include'}", f"-L{installed / 'lib'}", "-lc10")
             abi = f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}"
-            command = [*compiler, *FLAGS, *constants, abi, str(SOURCE), "-o", str(path), *torchs]
+            against = (f"-isystem{installed / 'include'}", f"-L{installed / 'lib'}", "-lc10")
+            command = [*compiler, *FLAGS, *constants, abi, str(SOURCE), "-o", str(path), *against]
             subprocess.run(command, check=True, capture_output=True, timeout=60)
             loops = ctypes.CDLL(str(path))
         loops.fit.argtypes = [*TENSORS, ctypes.c_void_p, ctypes.c_void_p]
@@ -148,9 +148,9 @@ class NativeBlock:
     def unit_and_norm(self, _q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_2`` in it: two numbers that neither underflow nor overflow."""
         norm = math.sqrt(self.squares())
-        unit = max(norm / math.sqrt(self.elements), TINY)
-        unit_of_it, norm_in_it = torch.tensor([unit, norm / unit], dtype=torch.float32, device="cpu")
-        return unit_of_it, norm_in_it
+        unit = max(norm / math.sqrt(self.elements), TINY)  # nan, which is first, stays nan
+        numbers = torch.tensor([unit, norm / unit], dtype=torch.float32, device="cpu")
+        return numbers[0], numbers[1]
 
     def squares(self) -> float:
         """The sum of (T g)^2, which has neither under- nor overflowed."""
@@ -158,7 +158,7 @@ class NativeBlock:
         return total
 
     def _end(self) -> int:
-        """Of what is saved."""
+        """The address behind what is saved."""
         assert self._saved is not None
         return self._saved.data_ptr() + 4 * self.elements
 
