@@ -1,4 +1,4 @@
-"""compile=True: the same perturbation by code that torch's compiler makes, where there is no other (test_native.py)."""
+"""compile=True: the same perturbation by code that torch's compiler makes, where there is no other (tests/native)."""
 
 import copy
 from functools import partial
