@@ -65,13 +65,12 @@ Place place(Tensor* tensor) {
   return result;
 }
 
-// Whether a tensor is nothing but memory of float32, some of it, filled without a gap.
+// Whether a tensor is nothing but memory of float32, filled without a gap.
 bool is_plain(Tensor* tensor) {
   try {
-    return tensor->has_storage() && tensor->storage().data() && tensor->is_cpu() && tensor->numel() > 0 &&
-           tensor->dtype() == caffe2::TypeMeta::Make<float>() && tensor->is_non_overlapping_and_dense() &&
-           !tensor->key_set().has(c10::DispatchKey::Negative) && !tensor->is_inference() &&
-           tensor->dim() <= DIMENSIONS && place(tensor)[0];
+    return tensor->storage().data() && tensor->is_cpu() && tensor->dtype() == caffe2::TypeMeta::Make<float>() &&
+           tensor->is_non_overlapping_and_dense() && !tensor->key_set().has(c10::DispatchKey::Negative) &&
+           !tensor->is_inference() && tensor->dim() <= DIMENSIONS && place(tensor)[0];
   } catch (const std::exception&) {  // some of that may not be asked for
     return false;
   }

@@ -43,6 +43,52 @@ def test_any_order_without_gaps_will_do_if_both_have_it(moves):
     assert moves == [2]
 
 
+def as_without_it(model, **options):
+    """What is at w + e with compile=True, after a look that it is what is there without."""
+    _, grads, plain = there(model, ASAM(model, **options))
+    for name, param in model.named_parameters():
+        param.grad = grads[name]
+    _, _, moved = there(model, ASAM(model, compile=True, **options))
+    for name, w in plain.items():
+        torch.testing.assert_close(moved[name], w, rtol=1e-6, atol=1e-6)
+
+
+def test_biases_go_this_way_where_weights_have_other_scales(moves):
+    as_without_it(with_gradients(network()), normalization="filterwise")
+    assert moves == [5]  # the weight of a normalization layer has one dimension: |w| + eta
+
+
+def test_strides_of_a_dimension_of_one_do_not_matter(moves):
+    model = nn.Conv2d(8, 6, 1, bias=False)
+    model.weight.grad = torch.randn(6, 8, 1, 1).to(memory_format=torch.channels_last)
+    assert model.weight.stride() != model.weight.grad.stride()
+    as_without_it(model)
+    assert moves == [1]
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_a_gradient_in_the_other_order_of_an_image_goes_the_other_way(order, moves):
+    model = nn.Conv2d(8, 6, 3, bias=False).to(memory_format=order)
+    (other,) = {torch.contiguous_format, torch.channels_last} - {order}
+    model.weight.grad = torch.randn(6, 8, 3, 3).contiguous(memory_format=other)
+    as_without_it(model)
+    assert not moves
+
+
+def test_a_gradient_may_be_some_of_another_parameter(moves):
+    model = with_gradients(nn.ParameterList([torch.randn(8), torch.randn(10)]))
+    model[0].grad = model[1].detach()[2:]
+    as_without_it(model)
+    assert not moves
+
+
+def test_two_parameters_may_have_one_gradient(moves):
+    model = nn.ParameterList([torch.randn(40), torch.randn(40)])
+    model[0].grad = model[1].grad = torch.randn(40)
+    as_without_it(model)
+    assert moves == [2]
+
+
 def test_what_has_gaps_or_many_dimensions_goes_the_other_way(moves):
     model = nn.ParameterList([torch.randn(8, 10), torch.randn(8, 5), torch.randn([2] * DIMENSIONS + [3])])
     model[1].data = torch.randn(8, 10)[:, ::2]
