@@ -43,7 +43,8 @@ def is_traced() -> bool:
 
 def scaled_squares(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None) -> Tensor:
     """The sum of (T g)^2, as it comes: it may have under- or overflowed. T is as :func:`measured` takes it."""
-    return _scaled(param, grad, scale, eta).square().sum()
+    scaled = _scaled(param, grad, scale, eta)
+    return (scaled.square() if scaled is grad else scaled.square_()).sum()
 
 
 def measured(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None, q: float) -> Any:
