@@ -137,6 +137,40 @@ def test_a_non_finite_gradient_leaves_the_memory_as_it_was(direction, when, valu
         assert all(value.isfinite().all() and value.abs().max() > 0 for value in training.memory().values())
 
 
+@pytest.mark.parametrize("direction", REMEMBERING)
+def test_a_non_finite_gradient_after_a_resumption_leaves_the_memory_too(direction):
+    training, resumed = Training(direction), Training(direction)
+    training.step(0)
+    resumed.model.load_state_dict(training.model.state_dict())
+    resumed.asam.load_state_dict(training.asam.state_dict())
+    for one in (training, resumed):
+        one.asam.backward(lambda one=one: one.loss(1) * math.inf)
+        one.optimizer.zero_grad()
+    assert training.memory()
+    assert_same(resumed.memory(), training.memory())
+    for one in (training, resumed):
+        one.asam.backward(lambda one=one: one.loss(2))
+    assert_same(resumed.memory(), training.memory())
+    assert_same(gradients(resumed.model), gradients(training.model))
+
+
+@pytest.mark.parametrize("direction", REMEMBERING)
+def test_a_first_gradient_that_is_not_finite_is_none(direction):
+    training, other = Training(direction), Training(direction)
+    for one in (training, other):  # neither uses the head yet
+        one.asam.backward(lambda one=one: torch.tanh(one.model.conv(one.inputs[0])).square().mean())
+        one.optimizer.zero_grad()
+    training.asam.backward(lambda: training.loss(1) * math.inf)
+    training.optimizer.zero_grad()
+    assert "head.weight" not in training.memory()
+    for step in range(2, 4):
+        for one in (training, other):
+            one.asam.backward(lambda one=one, step=step: one.loss(step))
+        assert "head.weight" in training.memory()
+        assert_same(training.memory(), other.memory())
+    assert_same(gradients(training.model), gradients(other.model))
+
+
 def test_one_element_that_is_not_finite_is_enough():
     model = nn.Linear(3, 2, bias=False).double()
     asam = SAM(model, direction=Momentum())

@@ -40,41 +40,44 @@ class Mean:
         check_number("decay", decay, "a number >= 0 and < 1", lambda decay: 0 <= decay < 1)
         self.decay = float(decay)
         self.values: dict[str, Tensor] = {}
-        self._empty: Tensor | None = None  # whether no gradient was finite yet, so that all values are 0
+        # whether no gradient was finite yet, so that the mean is 0: a scalar, one for all that came in the same steps
+        self._empty: dict[str, Tensor] = {}
 
     def update(self, names: Sequence[str], grads: Sequence[Tensor]) -> None:
         """Take up gradients; the first of a parameter is its mean."""
         with torch.no_grad():
             finite = all_finite(grads)
             weight = self.or_one(1 - self.decay)
+            still = cache(lambda empty: empty & ~finite.to(empty.device, non_blocking=True))
+            new = ~finite
             for name, grad in zip(names, grads, strict=True):
                 here = finite.to(grad.device, non_blocking=True)
                 if name not in self.values:
                     self.values[name] = torch.where(here, wide(grad), 0)
+                    self._empty[name] = new
                 else:
                     mean = self.values[name]
-                    mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), weight(mean))
-            if self._empty is None:
-                self._empty = ~finite
-            else:
-                self._empty &= ~finite
+                    mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), weight(name))
+                    if name in self._empty:
+                        self._empty[name] = still(self._empty[name])
 
-    def or_one(self, weight: float) -> Callable[[Tensor], Tensor]:
-        """The weight of a new gradient, as a scalar beside a tensor: 1 as long as there is no mean."""
+    def or_one(self, weight: float) -> Callable[[str], Tensor]:
+        """The weight of a new gradient of a parameter, as a scalar beside its mean: 1 as long as it has none."""
 
         @cache
-        def beside(device: torch.device, dtype: torch.dtype) -> Tensor:
+        def beside(empty: Tensor | None, device: torch.device, dtype: torch.dtype) -> Tensor:
             value = torch.full((), weight, dtype=dtype, device=device)
-            return value if self._empty is None else value.masked_fill(self._empty.to(device, non_blocking=True), 1)
+            return value if empty is None else value.masked_fill(empty.to(device, non_blocking=True), 1)
 
-        return lambda tensor: beside(tensor.device, tensor.dtype)
+        return lambda name: beside(self._empty.get(name), self.values[name].device, self.values[name].dtype)
 
     def state_dict(self, params: Mapping[str, Tensor]) -> dict[str, Any]:
         """The means of these parameters by their names, copies; nan for those that have none yet.
 
         So there is a place for each mean, which torch.distributed.checkpoint needs to load it into.
         """
-        values = {} if self._empty is not None and self._empty else self.values
+        empty = {name for name, flag in self._empty.items() if flag}
+        values = {name: value for name, value in self.values.items() if name not in empty}
         bare = bare_names(params)
         return {
             "mean": {
@@ -111,7 +114,7 @@ class Mean:
             for name, value in values.items()
             if not value.numel() or summed([(~local([value])[0].isnan()).sum()], [groups(value)])
         }
-        self._empty = None
+        self._empty = {}
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
@@ -185,7 +188,7 @@ class Gradient:
             grads = in_units(grads, units)
             weight = self._memory.or_one(self.weight)
             directions = [
-                grad if name not in values else weight(wide(grad)) * wide(grad) + self.mean * values[name]
+                grad if name not in values else weight(name) * wide(grad) + self.mean * values[name]
                 for name, grad in zip(names, grads, strict=True)
             ]
         self._memory.update(names, grads)
