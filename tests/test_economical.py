@@ -211,6 +211,59 @@ def test_what_exact_steps_refuse_is_told_in_the_first():
     asam.backward(closure, backward=torch.Tensor.backward)
 
 
+def test_another_parameter_in_the_place_of_one_is_told_of_in_the_first_step():
+    training = economical(steps=100, warmup=5)
+    training.model.head = nn.Linear(training.model.head.in_features, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"^the model has another parameter 'head\.weight' than when"):
+        training.asam.backward(lambda: training.loss(0))
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_an_optimizer_without_momentum_is_told_of_in_the_first_step(warmup):
+    training = economical(torch.optim.Adagrad, climb_the_optimizer=True, steps=100, warmup=warmup)
+    with pytest.raises(RuntimeError, match=r"^Adagrad keeps no momentum"):
+        training.asam.backward(lambda: training.loss(0))
+    training.asam.momentum.rho = 0.0  # then none is needed
+    training.asam.backward(lambda: training.loss(0))
+
+
+class Again(torch.autograd.Function):
+    """A layer that is run again in the backward pass, in a pass of its own."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(ctx.saved_tensors[0].detach()), grad)
+        return grad @ ctx.layer.weight, None
+
+
+@pytest.mark.parametrize("warmup", [0, 5])
+def test_a_layer_whose_backward_pass_writes_grad_is_told_of_in_the_first_step(warmup):
+    layers, inputs = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 1)]), torch.randn(5, 3)
+
+    def closure():
+        return Again.apply(torch.tanh(layers[0](inputs)), layers[1]).square().mean()
+
+    with pytest.raises(RuntimeError, match=r"another one, which writes \.grad"):
+        EconomicalASAM(layers, steps=100, warmup=warmup).backward(closure)
+    EconomicalASAM(layers, steps=100, params=["0.weight"]).backward(closure)
+    EconomicalASAM(layers, steps=100).backward(closure, backward=torch.Tensor.backward)
+
+
+def test_parameters_that_are_the_loss_or_frozen_are_no_news():
+    model = nn.ParameterDict({"loss": nn.Parameter(torch.ones(())), "frozen": nn.Parameter(torch.ones(2), False)})
+    model["frozen"].grad = torch.ones(2)
+    EconomicalASAM(model, steps=100).backward(lambda: model["loss"])
+    assert model["loss"].grad == 1
+
+
 def test_it_has_no_rho_to_be_set():
     model = nn.Linear(3, 1)
     asam = EconomicalASAM(model, steps=2, rho=0.5, momentum_rho=0.7, exact=0.5)

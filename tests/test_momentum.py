@@ -96,7 +96,8 @@ def test_layers_that_collect_nothing_need_no_look(layers):
     if layers == "evaluation":
         training.model[1].eval()
     else:
-        training.model[1] = nn.BatchNorm1d(6, track_running_stats=False).double()
+        training.model[1].running_mean = training.model[1].running_var = None
+        training.model[1].track_running_stats = False
     before = training.statistics()
     for step in range(4):
         training.step(step)
@@ -315,6 +316,15 @@ def test_a_loss_that_depends_on_no_parameter_is_refused():
     other = torch.ones((), requires_grad=True)
     with pytest.raises(RuntimeError, match=r"^no perturbed parameter has a gradient"):
         training.asam.backward(lambda: other * 2)
+
+
+@pytest.mark.parametrize("direction", ["own momentum", "the optimizer's momentum"])
+def test_another_parameter_in_the_place_of_one_is_refused(direction):
+    training = Training(direction)
+    training.step(0)
+    training.model.head = nn.Linear(training.model.head.in_features, 3, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"^the model has another parameter 'head\.weight' than when"):
+        training.step(1)
 
 
 def test_an_optimizer_that_leaves_its_state_to_another_is_told_of_once():

@@ -9,6 +9,11 @@ from torch import Tensor
 
 Closure = Callable[[], Tensor]
 
+NESTED_BACKWARD = (
+    "the model's backward pass runs another one, which writes .grad (a reversible layer, a checkpoint of its own): "
+    "torch.autograd.grad does not see that gradient, pass backward=torch.Tensor.backward"
+)
+
 
 def as_closures(argument: str, value: Closure | Sequence[Closure]) -> Sequence[Closure]:
     """The closures as a sequence, or an error that names the argument."""
@@ -80,16 +85,18 @@ def check_reaches_parameters(loss: Tensor) -> None:
 
 def has_reentrant_checkpoint(loss: Tensor) -> bool:
     """Whether there is one in the graph of the loss, of which the parameters behind it are no part."""
+    return any(node.name() == "CheckpointFunctionBackward" for node in nodes_of(loss))
+
+
+def nodes_of(loss: Tensor) -> set[Any]:
+    """The nodes of the loss's graph."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name() == "CheckpointFunctionBackward":
-            return True
-        nodes += [following for following, _ in node.next_functions]
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return seen
 
 
 def descend(closures: Sequence[Closure], backward: Callable[[Tensor], Any] | None, units: list[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checks import check_count, check_number
-from .closures import Closure, as_closures, check_reaches_parameters, checked
+from .closures import NESTED_BACKWARD, Closure, as_closures, check_reaches_parameters, checked, held, nodes_of
 from .direction import Momentum
 from .minimizer import ASAM
 
@@ -83,7 +83,7 @@ class EconomicalASAM:
         shape: dict[str, Any] = {"eta": eta, "normalization": normalization, "p": p, "bias": bias, "params": chosen}
         shape |= {"compile": compile, "rounding": rounding}
         self.exact = ASAM(model, rho=rho, **shape)
-        direction = Momentum(optimizer, decay=decay, statistics_every=statistics_every)
+        self._direction = direction = Momentum(optimizer, decay=decay, statistics_every=statistics_every)
         size = MULTIPLE * rho if momentum_rho is None else momentum_rho
         with warnings.catch_warnings(action="ignore"):  # the first has told it
             self.momentum = ASAM(model, rho=size, direction=direction, **shape)
@@ -127,10 +127,41 @@ class EconomicalASAM:
             self._last = self.exact
         else:
             self._last = self._resting if self._calls < self._warmup else self.momentum
-        if self._calls == 0 and not self.exact._passes.through_grad(backward):
-            closure = [_refused_early(item) for item in as_closures("closure", closure)]
-        loss = self._last.backward(closure, ascent=ascent, backward=backward)
+        if self._last is self._resting and self.momentum.rho:
+            self._direction.momenta(self.momentum._params)  # an optimizer that keeps none is told of now
+        if self._calls == 0:
+            loss = self._first(as_closures("closure", closure), ascent, backward)
+        else:
+            loss = self._last.backward(closure, ascent=ascent, backward=backward)
         self._calls += 1
+        return loss
+
+    def _first(
+        self,
+        closures: Sequence[Closure],
+        ascent: Closure | Sequence[Closure] | None,
+        backward: Callable[[Tensor], Any] | None,
+    ) -> Tensor:
+        """A step that tells what the exact ones would tell, at the end of a training."""
+        self.exact._passes.check_still_the_models()
+        if self.exact._passes.through_grad(backward):
+            return self._last.backward(closures, ascent=ascent, backward=backward)
+        params = list(self.exact._params.values())
+        before, reached = held(params), set[int]()
+
+        def looking(closure: Closure) -> Closure:
+            def looked_at() -> Tensor:
+                loss = checked(closure())
+                check_reaches_parameters(loss)
+                reached.update({id(loss)}, (id(node.variable) for node in nodes_of(loss) if hasattr(node, "variable")))
+                return loss
+
+            return looked_at
+
+        loss = self._last.backward([looking(closure) for closure in closures], ascent=ascent)
+        for param, then, now in zip(params, before, held(params), strict=True):
+            if now != then and id(param) not in reached:
+                raise RuntimeError(NESTED_BACKWARD)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,14 +189,3 @@ class EconomicalASAM:
             self.exact.load_state_dict(before)
             raise
         self._calls = state_dict["calls"]
-
-
-def _refused_early(closure: Closure) -> Closure:
-    """The closure, which tells in the first step what the exact ones would tell at the end of a training."""
-
-    def looked_at() -> Tensor:
-        loss = checked(closure())
-        check_reaches_parameters(loss)
-        return loss
-
-    return looked_at

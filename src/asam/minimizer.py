@@ -266,12 +266,13 @@ class ASAM:
                 there = run_at(moved, lambda: descend(closures, backward, units))
             else:
                 there = descend(closures, backward, units)
+            grads_there = [param.grad for param in self._params.values()]
+            self._passes.look_at_missing(grads_there)
             if momentum.remembers:
-                grads_there = [param.grad for param in self._params.values()]
                 names, _, grads = self._passes.present(self._params, grads_there, averaged=False)
                 momentum.observe(names, grads, units)
             elif found:
-                self._passes.look_for_any()
+                self._passes.look_for_any(grads_there)
         self._loss_at = "w" if loss is not None or not found else "w + e"
         return there if loss is None else loss
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .closures import Closure, check_reaches_parameters, descend, held, loss_of, own_graph, total
+from .closures import NESTED_BACKWARD, Closure, check_reaches_parameters, descend, held, loss_of, own_graph, total
 from .replicas import Replicas
 from .sharding import Unsharded, is_sharded
 
@@ -105,11 +105,7 @@ class Passes:
                 with own_graph():
                     new = torch.autograd.grad(loss, params, allow_unused=True)
                 if held(params) != before:
-                    raise RuntimeError(
-                        "the model's backward pass runs another one, which writes .grad (a reversible layer, a "
-                        "checkpoint of its own): torch.autograd.grad does not see that gradient, pass "
-                        "backward=torch.Tensor.backward"
-                    )
+                    raise RuntimeError(NESTED_BACKWARD)
                 # not in place: autograd may hand out one buffer for two parameters
                 grads = [_sum(grad, more) for grad, more in zip(grads, new, strict=True)] if grads else list(new)
                 self.look_at_missing(new, loss)
@@ -125,7 +121,7 @@ class Passes:
         if missing != self._missing:
             if loss is not None:
                 check_reaches_parameters(loss)
-            self._check_still_the_models()
+            self.check_still_the_models()
             self._missing = missing
 
     def present(
@@ -149,9 +145,9 @@ class Passes:
         values = [grad for grad in grads if grad is not None]
         return list(compress(params, there)), list(compress(params.values(), there)), values
 
-    def look_for_any(self) -> None:
-        """Raise if no parameter has a gradient in ``.grad``; those of shards may come in a later call."""
-        if not self._sharded and all(param.grad is None for param in self._params.values()):
+    def look_for_any(self, grads: Sequence[Tensor | None]) -> None:
+        """Raise if no parameter has a gradient; those of shards may come in a later call."""
+        if not self._sharded and all(grad is None for grad in grads):
             self.present({}, [], averaged=False)
 
     def check_dense(self, params: Mapping[str, nn.Parameter], grads: Sequence[Tensor | None]) -> None:
@@ -164,7 +160,7 @@ class Passes:
                 "sparse=False, or leave it out with params=..."
             )
 
-    def _check_still_the_models(self) -> None:
+    def check_still_the_models(self) -> None:
         """Raise if the model has got another parameter in the place of one that was there at first."""
         now = dict(self._model.named_parameters(remove_duplicate=False))
         ours = {id(param) for param in self._params.values()}
