@@ -179,7 +179,13 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
                 reason = "torch._dynamo.config.recompile_limit is reached"
             else:
                 fast = function
-            warn(f"compile=True has no effect, torch.compile failed: {reason}")
+            _tell(reason)
             return function(*arguments)
 
     return run
+
+
+@cache
+def _tell(reason: str) -> None:
+    """Warn once; Python's own memory of warnings does not outlast torch's compiler."""
+    warn(f"compile=True has no effect, torch.compile failed: {reason}")
