@@ -1,6 +1,7 @@
 """ASAM behind the optimizer interface: a contract over base optimizers, and what belongs to the base stays with it."""
 
 import copy
+import inspect
 import io
 import pickle
 from collections import defaultdict
@@ -267,6 +268,15 @@ def test_an_optimizer_alone_is_copied_with_its_model():
 def test_one_that_is_not_made_yet_has_no_attributes():
     with pytest.raises(AttributeError, match="base_optimizer"):
         _ = SharpnessAwareOptimizer.__new__(SharpnessAwareOptimizer).param_groups
+
+
+@pytest.mark.parametrize("name", ["param_groups", "state", "defaults"])
+def test_a_protocol_sees_what_an_optimizer_has(name):
+    # as isinstance() of Lightning's does from Python 3.12 on
+    model = nn.Linear(3, 1)
+    optimizer = SharpnessAwareOptimizer(ASAM(model), torch.optim.SGD(model.parameters(), lr=0.1))
+    inspect.getattr_static(optimizer, name)
+    assert getattr(optimizer, name) is getattr(optimizer.base_optimizer, name)
 
 
 def test_step_runs_under_no_grad():

@@ -10,6 +10,13 @@ from torch.optim import LBFGS, Optimizer
 from .minimizer import ASAM
 
 
+def _of_the_base(name: str) -> Any:
+    """An attribute of the base optimizer, which a protocol such as Lightning's sees without asking for its value."""
+    return property(
+        lambda self: getattr(self.base_optimizer, name), lambda self, value: setattr(self.base_optimizer, name, value)
+    )
+
+
 class SharpnessAwareOptimizer(Optimizer):
     """A ``torch.optim.Optimizer`` whose ``step(closure)`` takes the base optimizer's step with the gradient at w + e.
 
@@ -40,6 +47,10 @@ class SharpnessAwareOptimizer(Optimizer):
     # has a gradient scaler leave its scale here when it calls step(), which tells step() who calls
     _step_supports_amp_scaling = True
 
+    param_groups = _of_the_base("param_groups")
+    state = _of_the_base("state")
+    defaults = _of_the_base("defaults")
+
     def __init__(self, asam: ASAM, base_optimizer: Optimizer) -> None:
         # Optimizer.__init__ would make groups, state and hooks of its own: they are looked up in the base instead
         if not isinstance(asam, ASAM):
@@ -59,12 +70,6 @@ class SharpnessAwareOptimizer(Optimizer):
         if name in ("asam", "base_optimizer"):  # not there yet, while a copy is being made
             raise AttributeError(name)
         return getattr(self.base_optimizer, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("param_groups", "state", "defaults"):
-            setattr(self.base_optimizer, name, value)
-        else:
-            super().__setattr__(name, value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"asam": self.asam, "base_optimizer": self.base_optimizer}
