@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from asam.experiments import compare, workers
+from asam.experiments import compare, runs, workers
 from asam.experiments.cli import run
+from asam.experiments.database import open_database
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,6 +24,21 @@ def forked():
         for module in (compare, workers):
             patch.setattr(module, "multiprocessing", server)
         yield
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch):
+    """What a test has left open of a database; Python says so from 3.13 on."""
+    storages = []
+
+    def noted(url):
+        storages.append(open_database(url))
+        return storages[-1]
+
+    monkeypatch.setattr(runs, "open_database", noted)
+    yield
+    for storage in storages:
+        storage.engine.dispose()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import importlib
 import json
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,13 @@ def reproduce(
     url = storage or file_url(folder / DATABASE)
     key = hashlib.sha256(json.dumps(_config(study, scale, settings), sort_keys=True).encode()).hexdigest()[:12]
     name = f"asam-{study.name}-{scale}-{key}"
-    runs = Runs(url, name)
-    try:
+    with closing(Runs(url, name)) as runs:
         if workers == 1:
             _work(study.plan, study.perform, study.together, settings, runs, progress)
         else:
             arguments = (study.plan, study.perform, study.together, settings, url, name)
             work_together(_worker, arguments, workers, lambda: _counted(study, settings, runs, progress))
         outcomes, records = runs.outcomes(), runs.records()
-    finally:
-        runs.close()
     findings = study.report(settings, {run: outcomes[run] for run in study.plan(settings, outcomes)})
     with held(folder, wait=True):  # commands that share the runs end together
         _save(study, scale, settings, findings, records, folder, storage)
@@ -146,7 +143,8 @@ def _work(
 
 
 def _worker(plan: Plan, perform: Perform, together: Together | None, settings: Any, url: str, name: str) -> None:
-    _work(plan, perform, together, settings, Runs(url, name))
+    with closing(Runs(url, name)) as runs:
+        _work(plan, perform, together, settings, runs)
 
 
 def _counted(study: Study, settings: Any, runs: Runs, progress: Progress) -> bool:

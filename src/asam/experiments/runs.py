@@ -53,8 +53,12 @@ class Runs:
     def __init__(self, url: str, study: str) -> None:
         self._url = url
         self._storage = open_database(url)
-        with refusals(self._url):
-            self._study = optuna.create_study(storage=self._storage, study_name=study, load_if_exists=True)
+        try:
+            with refusals(self._url):
+                self._study = optuna.create_study(storage=self._storage, study_name=study, load_if_exists=True)
+        except BaseException:
+            self.close()
+            raise
 
     def outcomes(self) -> dict[str, Any]:
         """The outcomes of the runs that are done, by name."""

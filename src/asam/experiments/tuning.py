@@ -7,7 +7,7 @@ stopped. The best few are trained again from fresh seeds, and those runs decide.
 import json
 import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -115,12 +115,9 @@ def _work(search: Search, url: str, look: Callable[[], object] = lambda: None) -
         confirming = _confirming(search, study)
     if not confirming:
         raise InputError(f"{search.target}: no trial came to an end with a finite validation error")
-    runs = Runs(url, search.name("confirming"))
-    try:
+    with closing(Runs(url, search.name("confirming"))) as runs:
         look()
         runs.work(confirming, lambda run: last_error(train, run.choice, run.seed, None), look)
-    finally:
-        runs.close()
 
 
 def _confirming(search: Search, study: optuna.Study) -> dict[str, Confirming]:
