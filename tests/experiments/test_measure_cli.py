@@ -33,6 +33,18 @@ def loss_fn(model, batch):
     logits = model(batch[0])
     return nn.functional.cross_entropy(logits, batch[1]), {"error": (logits.argmax(1) != batch[1]).double().mean()}
 
+def of_tokens():
+    def of_all(model, batch):
+        loss, means = loss_fn(model, batch)
+        return loss, {"error": means["error"] / 3}
+    return make()[0], of_all, make()[2], make()[2]
+
+def steep():
+    model, loss_fn, data = make()
+    with torch.no_grad():
+        model[0].weight.mul_(1e24), model[2].weight.div_(1e24), model[0].bias.mul_(1e24)
+    return model, loss_fn, data
+
 def dropout():
     return nn.Linear(3, 2), lambda model, batch: nn.functional.dropout(model(batch[0])).mean(), make()[2]
 
@@ -339,7 +351,8 @@ def test_what_the_user_named_is_printed_as_it_is(asam, tmp_path):
 
 def test_without_second_derivatives_the_rest_is_measured(asam):
     reason = (
-        "no eigenvalues and traces: the loss has no second derivative: the derivative for '_embedding_bag_backward'"
+        "no eigenvalues and trace of H and THT: the loss has no second derivative: "
+        "the derivative for '_embedding_bag_backward'"
     )
     code, out, _ = asam("measure", "own:bags", *QUICK)
     assert code == 0
@@ -347,9 +360,29 @@ def test_without_second_derivatives_the_rest_is_measured(asam):
     assert "adaptive, average case" in out
     assert "SAM bound" in out
     found = json.loads(asam("measure", "own:bags", *QUICK, "--json")[1])
-    assert found["left_out"].startswith(reason)
+    assert [each.startswith(reason) for each in found["left_out"]] == [True]
     assert not [row for row in found["rows"] if "H" in row["quantity"]]
-    assert json.loads(asam("measure", "own:make", *QUICK, "--json")[1])["left_out"] is None
+    assert json.loads(asam("measure", "own:make", *QUICK, "--json")[1])["left_out"] == []
+
+
+def test_where_the_hessian_is_not_finite_the_rest_is_measured(asam):
+    code, out, _ = asam("measure", "own:steep", *QUICK, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["left_out"] == [
+        "no eigenvalues and trace of H: a product of the operator is not finite: it has no eigenvalues"
+    ]
+    assert [row["quantity"] for row in found["rows"] if "THT" in row["quantity"]] == [
+        "top eigenvalues of THT",
+        "trace of THT",
+    ]
+
+
+def test_a_share_of_something_else_than_examples_has_no_held_out_bound(asam):
+    code, out, _ = asam("measure", "own:of_tokens", *QUICK)
+    assert code == 0
+    assert "no held-out bound: the mean 'error' does not count examples" in " ".join(out.split())
+    assert "Held-out bound" not in out
 
 
 def test_what_forces_its_way_and_is_refused_leaves_what_was_there(asam, tmp_path):

@@ -1,61 +1,19 @@
-"""Ctrl-C at every moment of a step at which Python can act upon a signal: the weights are w afterwards.
+"""Ctrl-C at every moment of a step at which Python can act upon a signal: the weights are w afterwards."""
 
-Python runs a signal's handler where a call returns, where a function begins and where a loop turns back. The exception
-is raised at each such place, one after the other.
-"""
-
-import dis
 import functools
-import itertools
 import sys
 from collections import Counter
-from contextlib import contextmanager
 
 import pytest
 import torch
+from interrupted import interrupted
 from slow_reference import assert_same, weights
 from torch import nn
 
 from asam import ASAM, minimizer, native, perturbation
 
 # what lies below them ends in them: an exception there is one at the call
-FILES = [minimizer.__file__, perturbation.__file__, native.__file__]
-
-
-@functools.cache
-def places(code):
-    """The offsets at which a handler may run."""
-    instructions = list(dis.get_instructions(code))
-    after = {
-        instruction.offset
-        for before, instruction in itertools.pairwise(instructions)
-        if before.opname.startswith(("CALL", "RESUME"))
-    }
-    return after | {instruction.argval for instruction in instructions if instruction.opname.startswith("JUMP_BACK")}
-
-
-@contextmanager
-def interrupted_at(place):
-    """Raise at that place, counted from 1; the number of places passed is in the list."""
-    passed = [0]
-
-    def trace(frame, event, _):
-        if frame.f_code.co_filename not in FILES:
-            return None
-        frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        if event == "opcode" and frame.f_lasti in places(frame.f_code):
-            passed[0] += 1
-            if passed[0] == place:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield passed
-    finally:
-        sys.settrace(before)
+interrupted_at = functools.partial(interrupted, [minimizer.__file__, perturbation.__file__, native.__file__])
 
 
 def problem():

@@ -162,6 +162,42 @@ def test_interpolates_the_measured_parameters_only():
     assert line.values["loss"][2] == objective_of(other).loss()
 
 
+class Tied(nn.Module):
+    def __init__(self, tied, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(3, 4), nn.Linear(4, 3, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, words):
+        return self.head(self.embedding(words))
+
+
+@pytest.mark.parametrize("function", [interpolate, between])
+def test_two_parameters_in_the_place_of_a_shared_one_are_refused(function):
+    words = torch.arange(3)
+
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch), batch)
+
+    tied, other, untied = Tied(True, 0), Tied(True, 1), Tied(False, 2)
+    objective = Objective(tied, loss, [words])
+    told = r"^'embedding\.weight' and 'head\.weight' are one parameter of the model, and two in the other model$"
+    for given in (untied, untied.state_dict()):
+        with pytest.raises(ValueError, match=told):
+            function(objective, given)
+    untied.load_state_dict(other.state_dict())  # two of the same values are no others
+    for given in (other, untied, {"embedding.weight": other.embedding.weight}):
+        if function is between:
+            expected = other.embedding.weight - tied.embedding.weight
+            assert torch.equal(between(objective, given)["embedding.weight"], expected)
+        elif not isinstance(given, dict):
+            assert interpolate(objective, given, points=2).values["loss"][1] == Objective(other, loss, [words]).loss()
+    way = interpolate(Objective(untied, loss, [words]), tied, points=2)
+    assert way.values["loss"][1] == objective.loss()
+
+
 def test_refuses_a_single_point():
     with pytest.raises(ValueError, match="points must be an integer >= 2, got 1"):
         interpolate(objective_of(mlp()), mlp(), points=1)

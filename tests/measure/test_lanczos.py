@@ -125,6 +125,18 @@ def test_single_precision():
     torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(3), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-36, 1e-30, 1e-22, 1e22, 1e36])
+def test_products_whose_squares_are_no_numbers_of_their_precision(size):
+    matrix = with_spectrum([-0.1, 0, 0.3, 0.5, 0.8, 1])
+    operator = Matrix((size * matrix).float())
+    found = top_eigenvalues(operator, 2, tol=1e-6)
+    assert found.converged
+    assert found.matvecs > 2
+    torch.testing.assert_close(found.values / size, exact(matrix)[:2], rtol=1e-5, atol=0)
+    density = spectral_density(operator, draws=1)
+    torch.testing.assert_close(density.nodes.sort(descending=True).values / size, exact(matrix), rtol=1e-5, atol=1e-6)
+
+
 def test_deterministic_by_seed():
     matrix = with_spectrum(DECAYING)
     one, again, other = (top_eigenvalues(Matrix(matrix), max_matvecs=5, seed=seed) for seed in (3, 3, 4))

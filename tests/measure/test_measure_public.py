@@ -175,7 +175,7 @@ def test_results_are_frozen(name):
 @pytest.mark.parametrize(
     ("owner", "methods"),
     [
-        ("Objective", "evaluation flat gradient like loss means named scales"),
+        ("Objective", "flat gradient like loss means named run scales"),
         ("HessianOperator", "as_scipy matvec"),
         ("LossLine", "load save"),
         ("LossPlane", "load save"),

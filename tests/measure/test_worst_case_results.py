@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 from quadratics import SCHEMES, Net, Quadratic, batches, cross_entropy, examples, in_units, net_objective
@@ -231,6 +232,17 @@ def test_arguments(arguments, error, message):
     rho = arguments.pop("rho")
     with pytest.raises(error, match=message):
         sharpness_profile(net_objective(), [rho], **arguments)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64, int])
+def test_a_size_of_few_bits_is_the_number_that_it_is(kind):
+    objective, _ = linear_objective(3)
+    results = [worst_case_sharpness(objective, size, geometry=Geometry(), steps=5) for size in (kind(2), 2.0)]
+    averages = [average_sharpness(objective, size, geometry=Geometry(), samples=2) for size in (kind(2), 2.0)]
+    for one, other in (results, averages):
+        assert (one.value, one.noise_floor) == (other.value, other.noise_floor)
+        assert type(one.rho) is float
 
 
 def test_an_empty_profile():

@@ -171,8 +171,8 @@ def measure(
     for line in summary(found):
         say(line)
     print_table(terminal_table(found))
-    if found["left_out"]:
-        say(found["left_out"])
+    for reason in found["left_out"]:
+        say(reason)
     for bound in found["bounds"]:
         say(bound["explanation"])
 

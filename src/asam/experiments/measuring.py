@@ -23,6 +23,7 @@ from ..measure import (
 )
 from ..measure.derivatives import NoSecondDerivative
 from ..measure.hessian import HessianOperator
+from ..measure.lanczos import NotFinite
 from . import InputError
 from .environment import environment
 from .targets import Target, counted
@@ -80,12 +81,22 @@ def measure(target: Target, settings: Settings, advance: Callable[[float], None]
     rows: list[dict[str, Any]] = []
     for geometry, rhos in ((plain, settings.rhos), (adaptive, settings.adaptive_rhos)):
         rows += _sharpness(objective, geometry, rhos, k, settings)
-    left_out = None
-    try:
-        for name, operator in (("H", hessian(objective)), ("THT", hessian(objective, geometry=adaptive))):
-            rows += _curvature(name, operator, settings)
-    except NoSecondDerivative as error:  # all the rest can be had without
-        left_out = f"no eigenvalues and traces: {error}"
+    reasons: dict[str, list[str]] = {}
+    for name, scaled in (("H", None), ("THT", adaptive)):
+        try:
+            rows += _curvature(name, hessian(objective, geometry=scaled), settings)
+        except (NoSecondDerivative, NotFinite) as error:  # all the rest can be had without
+            reasons.setdefault(str(error), []).append(name)
+    left_out = [f"no eigenvalues and trace of {' and '.join(names)}: {reason}" for reason, names in reasons.items()]
+    bounds = _bounds(target, objective, settings) if "error" in means and objective.examples > 1 else []
+    first = next(iter(held_out.values()), {})
+    if "error" in means and "error" in first:
+        n = int(first["examples"])
+        wrong = first["error"] * n
+        if abs(wrong - round(wrong)) < 1e-3 + 1e-6 * n:
+            bounds.append(_explained(holdout_bound(round(wrong), n, delta=DELTA)))
+        else:  # a share of tokens, for example
+            left_out.append("no held-out bound: the mean 'error' does not count examples that are right or wrong")
     return {
         "target": target.name,
         "settings": asdict(settings),
@@ -95,7 +106,7 @@ def measure(target: Target, settings: Settings, advance: Callable[[float], None]
         "held_out": held_out,
         "rows": rows,
         "left_out": left_out,
-        "bounds": _bounds(target, objective, settings, held_out) if "error" in means and objective.examples > 1 else [],
+        "bounds": bounds,
         "environment": environment(),
     }
 
@@ -140,9 +151,11 @@ def _curvature(name: str, operator: HessianOperator, settings: Settings) -> list
     ]
 
 
-def _bounds(
-    target: Target, objective: Objective, settings: Settings, held_out: dict[str, dict[str, Any]]
-) -> list[dict[str, Any]]:
+def _explained(bound: Any) -> dict[str, Any]:
+    return {**asdict(bound), "explanation": bound.explain()}
+
+
+def _bounds(target: Target, objective: Objective, settings: Settings) -> list[dict[str, Any]]:
     """The error in the place of the loss, which must lie in [0, 1], at the worst point that was found for the loss."""
     n, k = objective.examples, objective.like.numel()
     weights = {name: param.detach() for name, param in objective.params.items()}
@@ -173,10 +186,7 @@ def _bounds(
         ]
         # all of them hold together with probability 1 - DELTA
         bounds.append(replace(min(certificates, key=lambda certificate: certificate.value), delta=DELTA))
-    if held_out and "error" in next(iter(held_out.values())):
-        fresh = next(iter(held_out.values()))
-        bounds.append(holdout_bound(round(fresh["error"] * fresh["examples"]), fresh["examples"], delta=DELTA))
-    return [{**asdict(bound), "explanation": bound.explain()} for bound in bounds]
+    return [_explained(bound) for bound in bounds]
 
 
 def summary(found: dict[str, Any]) -> list[str]:

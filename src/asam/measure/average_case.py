@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..checks import check_choice, check_count
 from ..geometry import Geometry
 from .draws import draw
+from .evaluation import Evaluation
 from .means import check_finite, mean, stderr
 from .objective import Objective, check_objective, check_size
 
@@ -78,7 +79,9 @@ def average_sharpness(
     if samples % 2:
         raise ValueError(f"samples must be even, for antithetic pairs, got {samples}")
     check_choice("noise", noise, NOISES)
-    with objective.evaluation() as evaluation:
+    rho = float(rho)
+
+    def sampled(evaluation: Evaluation) -> AverageSharpness:
         scales = objective.scales(geometry)
         magnitudes = objective.flat({name: param.detach().abs() for name, param in objective.params.items()})
         relative = float((magnitudes / scales).where(scales > 0, 0).max())
@@ -94,22 +97,24 @@ def average_sharpness(
                 pair.append(evaluation.means(objective.pieces)["loss"])
             pairs.append(sum(pair) / 2)
             slopes.append((pair[0] - pair[1]) / 2)
-    perturbed = mean(pairs, [1] * len(pairs))
-    # w + e is rounded to the precision of the weights, which moves the loss by eps ||w g||. The odd part of the pairs
-    # gives rho ||T g||, without a gradient
-    deviation = 1.0 if noise == "normal" else math.sqrt(1 / 3)
-    steepness = (
-        math.sqrt(mean([slope * slope for slope in slopes], [1] * len(slopes))) / (rho * deviation) if rho else 0.0
-    )
-    return AverageSharpness(
-        value=perturbed - base,
-        stderr=stderr(pairs, [1] * len(pairs)),
-        base_loss=base,
-        perturbed_loss=perturbed,
-        noise_floor=evaluation.loss_eps * max(abs(base), abs(perturbed)) + evaluation.eps * steepness * relative,
-        rho=float(rho),
-        geometry=geometry,
-        noise=noise,
-        samples=samples,
-        examples=objective.examples,
-    )
+        perturbed = mean(pairs, [1] * len(pairs))
+        # w + e is rounded to the precision of the weights, which moves the loss by eps ||w g||. The odd part of the
+        # pairs gives rho ||T g||, without a gradient
+        deviation = 1.0 if noise == "normal" else math.sqrt(1 / 3)
+        steepness = (
+            math.sqrt(mean([slope * slope for slope in slopes], [1] * len(slopes))) / (rho * deviation) if rho else 0.0
+        )
+        return AverageSharpness(
+            value=perturbed - base,
+            stderr=stderr(pairs, [1] * len(pairs)),
+            base_loss=base,
+            perturbed_loss=perturbed,
+            noise_floor=evaluation.loss_eps * max(abs(base), abs(perturbed)) + evaluation.eps * steepness * relative,
+            rho=rho,
+            geometry=geometry,
+            noise=noise,
+            samples=samples,
+            examples=objective.examples,
+        )
+
+    return objective.run(sampled)

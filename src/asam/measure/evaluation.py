@@ -1,24 +1,27 @@
 """Evaluate a model at w + e, again and again, and leave no trace."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from numbers import Real
 from operator import is_
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..closures import has_reentrant_checkpoint
-from ..perturbation import Buffers, copies, forget_weights
+from ..perturbation import Buffers, copies, forget_weights, run_at
+from .arithmetic import Arithmetic
 from .batches import Piece
 from .derivatives import check_twice_differentiable, differentiated, why_there_is_none
 from .draws import RandomStates
 
+Result = TypeVar("Result")
+
 
 class Evaluation:
-    """A context in which a model may be moved and evaluated; at its end everything is as it was.
+    """A model that may be moved and evaluated for a while.
 
     Weights come back by copying. They are written through ``.data``, which autograd's version counters do not see:
     a graph of the user's that is alive outside stays valid, since the weights it saved are back before it is used.
@@ -50,35 +53,57 @@ class Evaluation:
         """Of the loss that was evaluated last: of its own precision or that of the weights, the lower one."""
         return max(self.eps, torch.finfo(self._loss_dtype).eps)
 
-    def __enter__(self) -> Self:
+    def run(self, block: Callable[[Self], Result]) -> Result:
+        """What a block returns that moves and evaluates the model; when it ends, everything is as it was."""
+        return run_at(self._opened(), lambda: block(self))
+
+    def _opened(self) -> Generator[None, None, None]:
+        """Yield once, with the model ready. A bare generator, as :func:`perturbed` is, and for its reason."""
+        grad_mode = torch.is_grad_enabled()
+        try:
+            # it restores the grad mode too, so it must not be entered under no_grad
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+                self._note()
+                try:
+                    self._make_ready()
+                    yield
+                finally:
+                    try:
+                        self._bring_back()
+                    except BaseException:  # Ctrl-C meanwhile: all of it again
+                        self._bring_back()
+                        raise
+        finally:
+            torch._C._set_grad_enabled(grad_mode)  # Ctrl-C may have kept a no_grad() from doing so
+
+    def _note(self) -> None:
+        """Keep everything as it is now."""
         model = self._model
         devices = {tensor.device for tensor in [*model.parameters(), *model.buffers()]}
+        device_types = {device.type for device in devices} | {"cpu"}
         self._modules = [_Module(module) for module in model.modules()]
-        with ExitStack() as stack:
-            # it restores the grad mode too, so it must not be entered under no_grad
-            stack.enter_context(torch.inference_mode(False))
-            with torch.no_grad():
-                self._buffers = self._between = Buffers(model.modules())
-                self.weights = copies([param.detach() for param in self._params])
-                self._others = copies([param.detach() for param in self._written])
-            self._random = RandomStates(devices)
-            _exact_arithmetic(stack, model, {device.type for device in devices} | {"cpu"})
-            everything = list(model.parameters())
-            self._gradients = [(param, param.grad, param.requires_grad) for param in everything]
-            self._hooks = [(hooks, dict(hooks)) for param in everything if (hooks := param._backward_hooks)]
-            stack.callback(self._restore)
-            for param in everything:  # of a loss that takes gradients itself
-                param.grad = None
-            for hooks, _ in self._hooks:  # what they make of a gradient is the training's
-                hooks.clear()
-            for module in model.modules():
-                # the attribute, not eval(): some models merge weights there
-                module.training = self._batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm)
-            self._stack = stack.pop_all()
-        return self
+        with torch.no_grad():
+            self._buffers = self._between = Buffers(model.modules())
+            self.weights = copies([param.detach() for param in self._params])
+            self._others = copies([param.detach() for param in self._written])
+        self._random = RandomStates(devices)
+        self._arithmetic = Arithmetic(device_types)
+        everything = list(model.parameters())
+        self._gradients = [(param, param.grad, param.requires_grad) for param in everything]
+        self._hooks = [(hooks, dict(hooks)) for param in everything if (hooks := param._backward_hooks)]
+        # cuDNN's recurrent layers have no backward pass in eval mode, and none twice
+        recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+        self._without_cudnn = "cuda" in device_types and recurrent
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def _make_ready(self) -> None:
+        self._arithmetic.make_exact(without_cudnn=self._without_cudnn)
+        for param, _, _ in self._gradients:  # of a loss that takes gradients itself
+            param.grad = None
+        for hooks, _ in self._hooks:  # what they make of a gradient is the training's
+            hooks.clear()
+        for module in self._model.modules():
+            # the attribute, not eval(): some models merge weights there
+            module.training = self._batchnorm == "train" and isinstance(module, nn.modules.batchnorm._BatchNorm)
 
     def move(self, perturbation: Tensor | None, factors: Sequence[Tensor] | None = None) -> None:
         """Bring the model to w + e, with e one vector of all parameters, times ``factors`` if there are any.
@@ -240,28 +265,23 @@ class Evaluation:
                 if part.device != view.device:
                     view.copy_(part)
 
-    def _restore(self) -> None:
-        """Bring everything back, all of it again where Ctrl-C comes meanwhile."""
-        try:
-            self._bring_back()
-        except BaseException:
-            self._bring_back()
-            raise
-
     def _bring_back(self) -> None:
-        for module in self._modules:
-            module.restore()
-        self.move(None)
-        self._restore_written()
-        with torch.no_grad():
-            self._buffers.restore(versions=False)
-        self._random.restore()
-        for param, grad, required in self._gradients:
-            param.grad = grad
-            if param.requires_grad != required:
-                param.requires_grad_(required)
-        for hooks, functions in self._hooks:
-            hooks.update(functions)
+        try:
+            for module in self._modules:
+                module.restore()
+            self.move(None)
+            self._restore_written()
+            with torch.no_grad():
+                self._buffers.restore(versions=False)
+            self._random.restore()
+            for param, grad, required in self._gradients:
+                param.grad = grad
+                if param.requires_grad != required:
+                    param.requires_grad_(required)
+            for hooks, functions in self._hooks:
+                hooks.update(functions)
+        finally:
+            self._arithmetic.restore()
 
     def _restore_between(self) -> None:
         """Bring back what the model itself has written to."""
@@ -323,47 +343,6 @@ def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
 
 def _described(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _exact_arithmetic(stack: ExitStack, model: nn.Module, device_types: set[str]) -> None:
-    """Autocast, TF32 and the fused inference path of attention off, until the stack is closed."""
-    for device_type in device_types - {"meta"}:
-        stack.enter_context(torch.autocast(device_type, enabled=False))
-    operations = _operations()
-    for operation in operations:
-        stack.callback(_put_precision, operation, operation.fp32_precision)
-    cudnn = torch.backends.cudnn
-    with suppress(RuntimeError):  # torch refuses these two where the user has set the precision of an operation
-        stack.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-        torch.set_float32_matmul_precision("highest")
-    with suppress(RuntimeError):
-        stack.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
-        cudnn.allow_tf32 = False
-    for operation in operations:
-        operation.fp32_precision = "ieee"
-    stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
-    torch.backends.mha.set_fastpath_enabled(False)
-    if "cuda" in device_types and any(isinstance(module, nn.RNNBase) for module in model.modules()):
-        # cuDNN's recurrent layers have no backward pass in eval mode, and none twice
-        stack.callback(setattr, cudnn, "enabled", cudnn.enabled)
-        cudnn.enabled = False
-
-
-def _operations() -> list[Any]:
-    """Where torch keeps in what precision float32 is computed, from version 2.9 on."""
-    if not hasattr(torch.backends, "fp32_precision"):
-        return []
-    cudnn: Any = torch.backends.cudnn
-    mkldnn: Any = torch.backends.mkldnn
-    return [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
-
-
-def _put_precision(operation: Any, precision: str) -> None:
-    """Set it as it was: to nothing if it was that of all operations, so that it goes on to follow theirs."""
-    cudnn: Any = torch.backends.cudnn
-    operation.fp32_precision = "none"
-    if operation.fp32_precision != precision or operation in (cudnn.conv, cudnn.rnn):  # their default is TF32
-        operation.fp32_precision = precision
 
 
 def _accumulate(totals: list[Tensor], grads: Sequence[Tensor | None], weight: float) -> None:

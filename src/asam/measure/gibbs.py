@@ -21,6 +21,7 @@ from ..checks import check_count, check_number
 from ..geometry import Geometry
 from .bounds import inverse_kl, probability
 from .draws import draw
+from .evaluation import Evaluation
 from .objective import Objective, check_objective
 
 
@@ -115,6 +116,7 @@ def gibbs_certificate(
     check_number("sigma", sigma, "a finite number > 0", lambda sigma: 0 < sigma < math.inf)
     prior_sigma = sigma if prior_sigma is None else prior_sigma
     check_number("prior_sigma", prior_sigma, "a finite number > 0", lambda sigma: 0 < sigma < math.inf)
+    sigma, prior_sigma = float(sigma), float(prior_sigma)  # those of NumPy may be of few bits
     check_number("delta", delta, "a number between 0 and 1", lambda delta: 0 < delta < 1)
     check_count("samples", samples, 1)
     if not isinstance(prior, Mapping):
@@ -130,8 +132,8 @@ def gibbs_certificate(
         if not prior[name].is_floating_point():
             raise TypeError(f"prior must hold real floating point, got {prior[name].dtype} for {name!r}")
     before = {name: prior[name].detach() for name in objective.params}
-    errors = []
-    with objective.evaluation() as evaluation:
+
+    def sampled(evaluation: Evaluation) -> tuple[float, list[float]]:
         weights = dict(zip(objective.params, evaluation.weights, strict=True))
         scales = objective.scales(geometry)
         # before the weights move: the prior may be the model's own parameters
@@ -141,18 +143,22 @@ def gibbs_certificate(
             objective.flat(before),
             prior_sigma * objective.scales(geometry, before),
         )
+        errors = []
         for index in range(samples):
             evaluation.move(sigma * scales * draw(objective.like, seed, index, "normal"))
             means = evaluation.means(objective.pieces)
             if "error" not in means:
                 raise ValueError("loss_fn must return the 0-1 error: (loss, {'error': ...})")
             errors.append(means["error"])
+        return kl, errors
+
+    kl, errors = objective.run(sampled)
     sample_error = math.fsum(errors) / samples
     check_number("the error that loss_fn returns", sample_error, "in [0, 1]", lambda error: 0 <= error <= 1)
     sample_error_bound = inverse_kl(sample_error, math.log(2 / delta) / samples)
     n = objective.examples
     value = inverse_kl(sample_error_bound, (kl + math.log(4 * math.sqrt(n) / delta)) / n)
-    return GibbsCertificate(value, sample_error, sample_error_bound, kl, value >= 0.99, float(sigma), samples, delta, n)
+    return GibbsCertificate(value, sample_error, sample_error_bound, kl, value >= 0.99, sigma, samples, delta, n)
 
 
 def _kl_of_gaussians(mean: Tensor, deviation: Tensor, prior_mean: Tensor, prior_deviation: Tensor) -> float:

@@ -57,8 +57,8 @@ class HessianOperator:
         vectors = vector.reshape(self.shape[0], -1).T.to(self.device, self.dtype)
         if self.scales is not None:
             vectors = vectors * self.scales
-        with self.objective.evaluation() as evaluation:
-            products = evaluation.hessian_product(self.objective.pieces, vectors, look=not self._looked)
+        pieces, look = self.objective.pieces, not self._looked
+        products = self.objective.run(lambda evaluation: evaluation.hessian_product(pieces, vectors, look=look))
         self._looked = True
         if self.scales is not None:
             products = products * self.scales

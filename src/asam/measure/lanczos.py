@@ -16,7 +16,11 @@ from torch import Tensor
 from ..checks import check_count, check_number
 from ..norms import vector_norm
 from .draws import generator_of
-from .vectors import inner
+from .vectors import inner, norm
+
+
+class NotFinite(ValueError):  # noqa: N818
+    """A product of an operator is not finite."""
 
 
 class Operator(Protocol):
@@ -219,9 +223,9 @@ def _lanczos(operator: Operator, *seed: int) -> Iterator[tuple[Tensor, float, fl
         product = operator.matvec(vector)
         alpha = float(inner(product, vector))
         rest = _orthogonal(product, basis)
-        beta = float(vector_norm(rest))
+        beta = norm(rest)
         if not math.isfinite(alpha + beta):
-            raise ValueError("a product of the operator is not finite: it has no eigenvalues")
+            raise NotFinite("a product of the operator is not finite: it has no eigenvalues")
         scale = max(scale, abs(alpha), beta)
         exhausted = len(basis) == size or beta <= 100 * torch.finfo(operator.dtype).eps * scale
         yield vector, alpha, 0.0 if exhausted else beta

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..checks import check_count
 from ..geometry import Geometry
 from .draws import draw
+from .evaluation import Evaluation
 from .objective import Objective, check_objective
 
 Direction = Mapping[str, Tensor] | Tensor
@@ -105,7 +106,7 @@ def between(objective: Objective, other: nn.Module | Mapping[str, Tensor]) -> di
     """The direction from the weights to those of another model (or its state dict): there at position 1.
 
     Raises:
-        ValueError: the other lacks a parameter or has it in another shape.
+        ValueError: the other lacks a parameter or has it in another shape, or has two in the place of a shared one.
 
     Example:
         >>> model, other = nn.Linear(2, 1), nn.Linear(2, 1)
@@ -115,6 +116,7 @@ def between(objective: Objective, other: nn.Module | Mapping[str, Tensor]) -> di
     """
     check_objective(objective)
     state = _state(other)
+    _check_shared(objective.model, state)
     with torch.no_grad():
         return {name: _entry(state, name, param) - param for name, param in objective.params.items()}
 
@@ -144,12 +146,15 @@ def loss_line(
     check_objective(objective)
     positions = _grid("span", span, points)
     d = _vector(objective, direction)
-    with objective.evaluation() as evaluation:
+
+    def along(evaluation: Evaluation) -> list[dict[str, float]]:
         means = []
         for position in positions.tolist():
             evaluation.move(position * d)
             means.append(evaluation.means(objective.pieces))
-    return LossLine(positions, _stacked(means))
+        return means
+
+    return LossLine(positions, _stacked(objective.run(along)))
 
 
 def loss_plane(
@@ -175,13 +180,17 @@ def loss_plane(
     check_objective(objective)
     x, y = _grid("x_span", x_span, points), _grid("y_span", y_span, points)
     dx, dy = _vector(objective, x_direction), _vector(objective, y_direction)
-    with objective.evaluation() as evaluation:
+
+    def over(evaluation: Evaluation) -> list[dict[str, float]]:
         means = []
         for a in x.tolist():
             for b in y.tolist():
                 evaluation.move(a * dx + b * dy)
                 means.append(evaluation.means(objective.pieces))
-    return LossPlane(x, y, {name: v.view(len(x), len(y)) for name, v in _stacked(means).items()})
+        return means
+
+    means = _stacked(objective.run(over))
+    return LossPlane(x, y, {name: values.view(len(x), len(y)) for name, values in means.items()})
 
 
 def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *, points: int = 25) -> LossLine:
@@ -192,7 +201,8 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
     batch norm are not those of the network there: with ``batchnorm="train"`` the objective takes them from its batches.
 
     Raises:
-        ValueError: the other has other layers, or differs in a parameter that is not measured.
+        ValueError: the other has other layers, differs in a parameter that is not measured, or has two parameters in
+            the place of one that layers of the model share.
 
     Example:
         >>> model, other = nn.Linear(1, 1), nn.Linear(1, 1)
@@ -208,6 +218,7 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
     ours, end = _state(objective.model), _state(other)
     if not isinstance(other, nn.Module):  # a state dict has no others
         ours = {name: value for name, value in ours.items() if name in objective.model.state_dict()}
+    _check_shared(objective.model, end)
     for name, param in objective.model.named_parameters():
         if name not in objective.params and not torch.equal(_entry(end, name, param), param):
             raise ValueError(f"the models differ in {name!r}, which is not one of the parameters that are measured")
@@ -215,12 +226,15 @@ def interpolate(objective: Objective, other: nn.Module | Mapping[str, Tensor], *
     end = {name: _entry(end, name, value) for name, value in start.items()}
     differing = [name for name, value in start.items() if not torch.equal(value, end[name])]
     positions = torch.linspace(0, 1, points, dtype=torch.float64, device="cpu")
-    with objective.evaluation() as evaluation:
+
+    def on_the_way(evaluation: Evaluation) -> list[dict[str, float]]:
         means = []
         for t in positions.tolist():
             evaluation.put({name: _mixed(start[name], end[name], t) for name in differing})
             means.append(evaluation.means(objective.pieces))
-    return LossLine(positions, _stacked(means))
+        return means
+
+    return LossLine(positions, _stacked(objective.run(on_the_way)))
 
 
 def differing_layers(model: nn.Module, other: nn.Module) -> str | None:
@@ -256,6 +270,15 @@ def _state(model: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(state, Mapping):
         raise TypeError(f"the other must be a module or its state dict, got {type(model).__name__}")
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _check_shared(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise where the state has two values for a parameter that has two names in the model."""
+    first: dict[nn.Parameter, str] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        one = first.setdefault(param, name)
+        if name in state and one in state and not torch.equal(state[name], state[one]):
+            raise ValueError(f"{one!r} and {name!r} are one parameter of the model, and two in the other model")
 
 
 def _entry(state: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:

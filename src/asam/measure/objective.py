@@ -12,7 +12,7 @@ from ..geometry import Geometry
 from ..parameters import check_model, selected_parameters
 from .batches import pieces_of
 from .draws import RandomStates
-from .evaluation import Evaluation, all_of, views
+from .evaluation import Evaluation, Result, all_of, views
 
 BATCHNORM = ("eval", "train")
 FEW = 2**12  # elements of which a copy costs nothing
@@ -107,18 +107,24 @@ class Objective:
 
     def means(self, perturbation: Mapping[str, Tensor] | Tensor | None = None) -> dict[str, float]:
         """The mean loss under ``"loss"`` and every other mean that ``loss_fn`` returns."""
-        with self.evaluation() as evaluation:
+
+        def there(evaluation: Evaluation) -> dict[str, float]:
             evaluation.move(None if perturbation is None else self.flat(perturbation))
             return evaluation.means(self.pieces)
 
+        return self.run(there)
+
     def gradient(self, perturbation: Mapping[str, Tensor] | Tensor | None = None) -> dict[str, Tensor]:
         """The gradient of the mean loss, one tensor per parameter; 0 for a parameter that the loss does not use."""
-        with self.evaluation() as evaluation:
+
+        def there(evaluation: Evaluation) -> dict[str, Tensor]:
             evaluation.move(None if perturbation is None else self.flat(perturbation))
             return self.named(evaluation.loss_and_gradient(self.pieces)[1])
 
-    def evaluation(self) -> Evaluation:
-        """A context in which the model may be moved and evaluated; at its end everything is as it was.
+        return self.run(there)
+
+    def run(self, block: Callable[[Evaluation], Result]) -> Result:
+        """What a block returns that moves and evaluates the model; when it ends, everything is as it was.
 
         Raises:
             ValueError: the model has other parameters than when this was made.
@@ -130,7 +136,7 @@ class Objective:
                     f"the model has another parameter than {name!r} when the Objective was made, as after "
                     "load_state_dict(..., assign=True): make the Objective again"
                 )
-        return self._evaluation(look=False)
+        return self._evaluation(look=False).run(block)
 
     def _evaluation(self, *, look: bool) -> Evaluation:
         params = list(self.params.values())
@@ -186,12 +192,13 @@ class Objective:
         return all_of(list(self.params.values()))
 
     def _check(self) -> None:
-        with self._evaluation(look=True) as evaluation:
+        def twice(evaluation: Evaluation) -> tuple[float, list[float], list[float], set[int]]:
             _, gradient = evaluation.loss_and_gradient(self.pieces[:1], require_use=True)
-            eps = torch.finfo(gradient.dtype).eps
             first = [evaluation.means([piece])["loss"] for piece in self.pieces]
             again = [evaluation.means([piece])["loss"] for piece in reversed(self.pieces)]
-            written = {id(param) for param in evaluation.changed()}
+            return torch.finfo(gradient.dtype).eps, first, again, {id(param) for param in evaluation.changed()}
+
+        eps, first, again, written = self._evaluation(look=True).run(twice)
         for one, two in zip(first, reversed(again), strict=True):
             same = one == two or abs(one - two) <= 100 * eps * max(abs(one), abs(two))
             if not same and not (math.isnan(one) and math.isnan(two)):
@@ -219,5 +226,5 @@ def check_size(objective: Objective, rho: float) -> None:
     """Raise if rho is no neighborhood size for these weights."""
     check_rho(rho)
     dtype = objective.like.dtype
-    if rho > torch.finfo(dtype).max:
+    if float(rho) > torch.finfo(dtype).max:
         raise ValueError(f"rho must be a number of {dtype}, at most {torch.finfo(dtype).max:.3g}, got {rho}")

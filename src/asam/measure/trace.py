@@ -12,7 +12,7 @@ import torch
 
 from ..checks import check_count
 from .draws import draw
-from .lanczos import Operator, check_operator
+from .lanczos import NotFinite, Operator, check_operator
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def trace(operator: Operator, *, matvecs: int = 30, seed: int = 0) -> Trace:
     basis = torch.linalg.qr(sketch.double()).Q
     products = operator.matvec(basis.to(operator.dtype)).double()
     if not products.isfinite().all():
-        raise ValueError("a product of the operator is not finite: it has no trace")
+        raise NotFinite("a product of the operator is not finite: it has no trace")
     known = float((basis * products).sum())
     if third >= size:
         return Trace(known, 0.0, size)

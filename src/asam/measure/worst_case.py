@@ -155,20 +155,21 @@ def sharpness_profile(
     check_objective(objective)
     if not isinstance(rhos, Iterable):
         raise TypeError(f"rhos must be a sequence of numbers, got {type(rhos).__name__}")
-    rhos = list(rhos)
-    if not rhos:
+    given = list(rhos)
+    if not given:
         raise ValueError("rhos is empty")
-    for rho in rhos:
+    for rho in given:
         check_size(objective, rho)
-    rhos.sort()
+    rhos = sorted(map(float, given))  # those of NumPy may be of few bits
     check_count("steps", steps, 1)
     check_count("restarts", restarts, 1)
     if m is not None:
         check_count("m", m, 1)
     check_choice("method", method, METHODS)
     groups = [objective.pieces] if m is None else grouped(objective.pieces, m)
-    found: list[_Group] = []
-    with objective.evaluation() as evaluation:
+
+    def climbed(evaluation: Evaluation) -> tuple[Tensor, list[_Group]]:
+        found: list[_Group] = []
         ball = _Ball(objective, evaluation, geometry)
         for index, group in enumerate(groups):
             climb = _Climb(ball, group)
@@ -185,11 +186,14 @@ def sharpness_profile(
             if m is not None:  # a worst point each would be a copy of the network each
                 ascents = [Ascent(ascent.u[:0], ascent.rise, ascent.history) for ascent in ascents]
             found.append(_Group(climb.examples, climb.base, climb.rounding, ascents, evaluations))
+        return ball.scales, found
+
+    scales, found = objective.run(climbed)
     results = []
     for i, rho in enumerate(rhos):
-        worst = objective.named(ball.scales * found[0].ascents[i].u) if m is None else None
+        worst = objective.named(scales * found[0].ascents[i].u) if m is None else None
         results.append(_result(found, i, rho, geometry, m, worst))
-    return SharpnessProfile(tuple(map(float, rhos)), tuple(result.value for result in results), tuple(results))
+    return SharpnessProfile(tuple(rhos), tuple(result.value for result in results), tuple(results))
 
 
 class _Ball:
@@ -308,7 +312,7 @@ def _result(
         converged=quarter > 0 and (value == history[-1 - quarter] or value - history[-1 - quarter] <= 0.01 * value),
         evaluations=max(group.evaluations[i] for group in groups),
         noise_floor=mean([group.rounding for group in groups], sizes),
-        rho=float(rho),
+        rho=rho,
         geometry=geometry,
         m=m,
         examples=sum(sizes),
