@@ -22,7 +22,7 @@ class Arithmetic:
         self._tf32 = _unless_refused(lambda: torch.backends.cudnn.allow_tf32)
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
         self._attention = [(enable, enabled()) for enable, enabled in _attention()]
-        self._recurrent = torch.backends.cudnn.enabled
+        self._cudnn = torch.backends.cudnn.enabled
 
     def make_exact(self, *, without_cudnn: bool) -> None:
         """Switch off what is not exact, and cuDNN if it is in the way."""
@@ -37,8 +37,8 @@ class Arithmetic:
 
     def restore(self) -> None:
         """Put all settings back."""
-        if torch.backends.cudnn.enabled != self._recurrent:
-            torch.backends.cudnn.enabled = self._recurrent
+        if torch.backends.cudnn.enabled != self._cudnn:
+            torch.backends.cudnn.enabled = self._cudnn
         for enable, enabled in self._attention:
             enable(enabled)
         torch.backends.mha.set_fastpath_enabled(self._fastpath)
@@ -48,12 +48,12 @@ class Arithmetic:
         for kind, enabled in self._autocast.items():
             torch.set_autocast_enabled(kind, enabled)
 
-    def _set_float32(self, matmul: str | None, tf32: bool | None) -> None:
-        with suppress(RuntimeError):
-            if self._matmul is not None and matmul is not None:
+    def _set_float32(self, matmul: Any, tf32: Any) -> None:
+        if self._matmul is not None:
+            with suppress(RuntimeError):
                 torch.set_float32_matmul_precision(matmul)
-        with suppress(RuntimeError):
-            if self._tf32 is not None and tf32 is not None:
+        if self._tf32 is not None:
+            with suppress(RuntimeError):
                 torch.backends.cudnn.allow_tf32 = tf32
 
 
