@@ -364,6 +364,16 @@ def test_a_memory_is_loaded_however_the_model_is_wrapped(saved, loaded):
     assert resumed.loss_at == "w + e"
 
 
+def test_a_layer_may_be_called_module():
+    model = nn.ModuleDict({"module": nn.Linear(4, 3)})
+    wrapped = nn.DataParallel(model)
+    asams = [ASAM(each, direction=Momentum()) for each in (model, wrapped)]
+    for asam, other in (asams, reversed(asams)):
+        asam.backward(lambda: model["module"](torch.randn(2, 4)).square().mean())
+        other.load_state_dict(asam.state_dict())
+        assert_same(other.state_dict()["mean"], asam.state_dict()["mean"])
+
+
 def test_names_that_would_be_the_same_are_left():
     model = nn.ModuleDict({"module": nn.Linear(2, 1), "other": nn.ModuleDict({"_orig_mod": nn.Linear(2, 1)})})
     model["other"].weight = nn.Parameter(torch.ones(1, 2))

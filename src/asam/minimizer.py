@@ -213,6 +213,8 @@ class ASAM:
         before = self._random_state() if self.replay_rng else None
         loss, names, params, grads, units_at_w = self._passes.ascend(ascents, backward, averaged=self.sync_ascent)
         at_w = list(grads) if self._combine else []
+        if self._combine or self._direction.remembers:
+            units_at_w = self._passes.unit(units_at_w, averaged=self.sync_ascent)
         grads = self._direction.climbed(names, grads, units_at_w)
         units: list[Tensor] = []
 
@@ -234,6 +236,7 @@ class ASAM:
             if self._combine:
                 self._passes.check_dense(self._params, [param.grad for param in self._params.values()])
                 met = set(params)
+                units = self._passes.unit(units, averaged=bool(self._replicas))
                 late = [param for param in self._params.values() if param.grad is not None and param not in met]
                 combine_(self._combine, [*params, *late], [*at_w, *[None] * len(late)], (units_at_w, units))
         return loss
@@ -254,7 +257,8 @@ class ASAM:
         layers = running_statistics(self._model) if found else []
         loss = None
         if layers and momentum.looks():
-            with torch.no_grad():
+            # a process whose inputs have run out would wait for a gradient of it
+            with torch.no_grad(), self._replicas.apart(accumulating=False) if self._replicas else nullcontext():
                 loss = total([checked(closure()).detach() for closure in closures])
         units: list[Tensor] = []
         with self._passes.alone() if momentum.remembers else nullcontext():
@@ -270,7 +274,7 @@ class ASAM:
             self._passes.look_at_missing(grads_there)
             if momentum.remembers:
                 names, _, grads = self._passes.present(self._params, grads_there, averaged=False)
-                momentum.observe(names, grads, units)
+                momentum.observe(names, grads, self._passes.unit(units, averaged=bool(self._replicas)))
             elif found:
                 self._passes.look_for_any(grads_there)
         self._loss_at = "w" if loss is not None or not found else "w + e"

@@ -54,7 +54,7 @@ def bare_names(names: Iterable[str]) -> dict[str, str]:
     """Names without what wrappers put into them (of torch.compile, checkpoints, replicas), as long as they differ."""
     names = list(names)
     bare = {name: name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "") for name in names}
-    if all(name.startswith("module.") for name in bare.values()):
+    while names and all(name.startswith("module.") for name in bare.values()):
         bare = {name: short.removeprefix("module.") for name, short in bare.items()}
     return bare if len(set(bare.values())) == len(names) else {name: name for name in names}
 

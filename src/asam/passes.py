@@ -11,9 +11,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .closures import NESTED_BACKWARD, Closure, check_reaches_parameters, descend, held, loss_of, own_graph, total
+from .closures import (
+    NESTED_BACKWARD,
+    Closure,
+    check_reaches_parameters,
+    descend,
+    held,
+    loss_of,
+    own_graph,
+    total,
+    unit_of,
+)
 from .replicas import Replicas
-from .sharding import Unsharded, is_sharded
+from .sharding import Unsharded, is_sharded, mean_
 
 
 class Ascent(NamedTuple):
@@ -144,6 +154,13 @@ class Passes:
             )
         values = [grad for grad in grads if grad is not None]
         return list(compress(params, there)), list(compress(params.values(), there)), values
+
+    def unit(self, units: list[Tensor], *, averaged: bool) -> list[Tensor]:
+        """By what the losses were multiplied whose gradients these are, of all processes where those are averaged."""
+        if not units or not (averaged or self._sharded):
+            return units
+        unit = unit_of(units).clone()
+        return [mean_(unit, self._params.values()) if self._sharded else self._replicas.mean_(unit)]
 
     def look_for_any(self, grads: Sequence[Tensor | None]) -> None:
         """Raise if no parameter has a gradient; those of shards may come in a later call."""

@@ -69,17 +69,28 @@ class Replicas:
         The processes are those of the model's first wrapper, all if it has none. Where this one has no gradient,
         another may have one: it counts as 0.
         """
-        if not (dist.is_available() and dist.is_initialized()):
+        if not _connected():
             return
-        group = self._wrappers[0].process_group if self._wrappers else None
         for members in _buckets(params):
             # copies: autograd may hand out one buffer for two parameters
             values = [torch.zeros_like(params[i]) if (grad := grads[i]) is None else grad for i in members]
-            flat = torch.cat([value.reshape(-1) for value in values]).div_(dist.get_world_size(group))
-            dist.all_reduce(flat, group=group)
-            parts = torch.split(flat, [value.numel() for value in values])
-            for i, part in zip(members, parts, strict=True):
-                grads[i] = part.view_as(params[i])
+            there = values[0].new_tensor([grads[i] is not None for i in members])
+            flat = self.mean_(torch.cat([*(value.reshape(-1) for value in values), there]))
+            *parts, there = torch.split(flat, [*(value.numel() for value in values), len(members)])
+            anywhere = there.tolist() if any(grads[i] is None for i in members) else members
+            for i, part, found in zip(members, parts, anywhere, strict=True):
+                grads[i] = part.view_as(params[i]) if found or grads[i] is not None else None
+
+    def mean_(self, tensor: Tensor) -> Tensor:
+        """The mean over those processes, in the tensor's place."""
+        if _connected():
+            group = self._wrappers[0].process_group if self._wrappers else None
+            dist.all_reduce(tensor.div_(dist.get_world_size(group)), group=group)
+        return tensor
+
+
+def _connected() -> bool:
+    return dist.is_available() and dist.is_initialized()
 
 
 def _buckets(params: Sequence[Tensor]) -> list[list[int]]:

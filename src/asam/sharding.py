@@ -98,6 +98,14 @@ def summed(values: Sequence[Tensor], spread: Sequence[tuple[Group, ...]]) -> Ten
     return torch.stack(list(totals.values())).sum(dim=0)
 
 
+def mean_(value: Tensor, params: Iterable[Tensor]) -> Tensor:
+    """The mean over the processes that these parameters are spread over, in the tensor's place."""
+    mesh = next(param.device_mesh for param in params if hasattr(param, "device_mesh"))
+    for i in range(mesh.ndim):
+        dist.all_reduce(value, group=mesh.get_group(i))
+    return value.div_(mesh.size())
+
+
 def widest(device: torch.device) -> torch.dtype:
     """The dtype to add up in: float64 where the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64

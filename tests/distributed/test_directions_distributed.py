@@ -25,6 +25,9 @@ def test_two_processes(tmp_path):
         replicas_take_the_steps_of_one_process,
         replicas_with_memories_of_their_own_stay_equal,
         replicas_look_at_w_together,
+        replicas_whose_inputs_run_out,
+        what_no_replica_uses_is_left_alone,
+        each_process_has_a_share_of_its_own,
         what_replicas_cannot_do_says_so,
         shards_take_the_steps_of_one_process,
         shards_accumulate_as_one_process_does,
@@ -140,7 +143,90 @@ def replicas_look_at_w_together(rank):
         assert model.module[1].num_batches_tracked == 4
 
 
+def replicas_whose_inputs_run_out(rank):
+    for make in (
+        lambda model, optimizer: ASAM(model, direction=Momentum(optimizer)),
+        lambda model, _: EconomicalASAM(model, steps=12),
+    ):
+        model = DistributedDataParallel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
+        optimizer = sgd(model)
+        asam = make(model, optimizer)
+        with model.join():
+            for _ in range(3 + 9 * rank):
+                asam.backward(lambda model=model: model(torch.randn(5, 3)).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        assert_equal_everywhere(model.parameters())
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(6)
+        self.one, self.other = (nn.Linear(3, 1, dtype=torch.float64) for _ in range(2))
+
+    def forward(self, x, both):
+        return self.one(x) + (self.other(x) if both else 0)
+
+
+def what_no_replica_uses_is_left_alone(rank):
+    inputs = torch.ones(4, 3, dtype=torch.float64)  # the same for both
+    for options in ({"combine": surrogate}, {"direction": Gradient(mean=1.0, decay=0.5)}, {}):
+        asams = []
+        for model, sync in ((Two(), False), (DistributedDataParallel(Two(), find_unused_parameters=True), True)):
+            more = {"direction": copy.deepcopy(options["direction"])} if "direction" in options else options
+            optimizer, asam = sgd(model), ASAM(model, sync_ascent=sync, **more)
+            for both in (True, False, False):
+                asam.backward(lambda model=model, both=both: (model(inputs, both) - 1).square().mean())
+                unused = [param.grad for name, param in model.named_parameters() if "other" in name]
+                assert both or unused == [None, None]
+                optimizer.step()
+                optimizer.zero_grad()
+            asams.append(asam)
+        single, replicas = asams
+        params = [list(asam._params.values()) for asam in asams]
+        torch.testing.assert_close(params[1], params[0], rtol=1e-12, atol=1e-12)
+        if "direction" in options:
+            assert_near(memory(replicas), memory(single), rtol=1e-12, atol=1e-12)
+
+
+def each_process_has_a_share_of_its_own(rank):
+    shares = 0.6, 1.4
+    data = [batch(0, each) for each in range(2)]
+
+    def weighted(model):
+        return sum(share * loss(model, part) for share, part in zip(shares, data, strict=True)) / 2
+
+    def damped(g00, g01, g11):
+        return 0.3 / (1 + g00), 1.0
+
+    for options in (
+        {"direction": Gradient(mean=-1.0, decay=0.6)},
+        {"direction": Momentum(decay=0.5)},
+        {"combine": damped},
+        {"combine": surrogate},
+    ):
+        for model in (DistributedDataParallel(flat()), sharded()):
+            single = flat()
+            more = {"sync_ascent": True} if isinstance(model, DistributedDataParallel) else {}
+            asam, reference = ASAM(model, **copy.deepcopy(options), **more), ASAM(single, **copy.deepcopy(options))
+            optimizer, reference_optimizer = sgd(model), sgd(single)
+            for _ in range(4):
+                asam.backward(
+                    lambda model=model: loss(model, data[rank]),
+                    backward=lambda value: (value * shares[rank]).backward(),
+                )
+                reference.backward(lambda single=single: weighted(single))
+                for each in (optimizer, reference_optimizer):
+                    each.step()
+                    each.zero_grad()
+            assert_near(whole(weights(model)), weights(single), rtol=1e-12, atol=1e-12)
+
+
 def what_replicas_cannot_do_says_so(rank):
+    model = DistributedDataParallel(network(), static_graph=True)
+    with pytest.raises(RuntimeError, match=r"^an ascent pass that writes \.grad does not go with static_graph=True"):
+        EconomicalASAM(model, steps=100).backward(lambda: loss(model, batch(0, rank)), backward=torch.Tensor.backward)
     message = "^combine under DistributedDataParallel needs sync_ascent=True: a combination"
     with pytest.raises(ValueError, match=message):
         SAM(DistributedDataParallel(network()), combine=surrogate)
@@ -209,6 +295,11 @@ def shards_accumulate_as_one_process_does(rank):
 
 
 def shards_of_an_economical_training(rank):
+    model = sharded()
+    asam = EconomicalASAM(model, steps=100, optimizer=sgd(model))
+    model.set_requires_gradient_sync(False)
+    with pytest.raises(RuntimeError, match=r"with FSDP2, .*leave set_requires_gradient_sync\(True\)"):
+        asam.backward(lambda: loss(model, batch(0, rank)))
     for options in (
         lambda optimizer: {"steps": 8},
         lambda optimizer: {"steps": 8, "optimizer": optimizer, "warmup": 2},
