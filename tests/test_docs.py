@@ -26,6 +26,7 @@ RUN = ("caveats", "choosing-rho", "concepts", "faq", "index", "measuring", "repr
 PUBLIC = [
     *(f"asam.{name}" for name in asam.__all__),
     *(f"asam.measure.{name}" for name in asam.measure.__all__ if name != "Geometry"),
+    *(f"asam.measure.plots.plot_{kind}" for kind in ("line", "plane", "profile", "density")),
     "asam.integrations.lightning.SharpnessAware",
     "asam.integrations.transformers.SharpnessAwareTrainer",
 ]

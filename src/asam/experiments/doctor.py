@@ -49,7 +49,8 @@ def _parts() -> dict[str, str]:
         try:
             number = version(package)
         except PackageNotFoundError:
-            found[part] = f"{MISSING}: pip install {package}"
+            options = "--no-deps " if package == "pytorchcv" else ""  # else with torchvision, which no part needs
+            found[part] = f"{MISSING}: pip install {options}{package}"
             continue
         try:
             importlib.import_module(module)

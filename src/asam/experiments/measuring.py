@@ -202,7 +202,7 @@ def summary(found: dict[str, Any]) -> list[str]:
 
 def terminal_table(found: dict[str, Any]) -> Table:
     """The table for the terminal: a quantity is named once for all its rows."""
-    table = Table(Column("quantity", no_wrap=True), "p", "rho", "value", "")
+    table = Table(Column("quantity", no_wrap=True), "p", "rho", "value", "± standard error")
     previous = None
     for row in found["rows"]:
         group = row["quantity"], row.get("p")

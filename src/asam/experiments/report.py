@@ -6,7 +6,7 @@ from rich.table import Column, Table
 
 from . import html, plots
 from .compare import verdict
-from .statistics import mean_sd
+from .statistics import pair
 
 HEADINGS = ("method", "test error %", "training error %", "generalization gap", "gradient passes", "time per step")
 GENERAL = (
@@ -28,8 +28,8 @@ def rows(found: dict[str, Any]) -> list[tuple[str, ...]]:
     """The table, a row a method, as text."""
     table: list[tuple[str, ...]] = []
     for label, method in found["methods"].items():
-        gap = _pair(method["generalization_gap"]) if "generalization_gap" in method else "-"
-        numbers = (_pair(method["test_error"]), _pair(method["train_error"]), gap)
+        gap = pair(method["generalization_gap"]) if "generalization_gap" in method else "-"
+        numbers = (pair(method["test_error"]), pair(method["train_error"]), gap)
         table.append((label, *numbers, f"{method['cost']:.3g}x", f"{method['time_per_step']:.2f}x"))
     return table
 
@@ -65,11 +65,6 @@ def page(found: dict[str, Any]) -> str:
     notes = GENERAL + NOISY if comparison["noise"] else GENERAL
     body += "<h2>How to read this</h2>" + html.bullets(notes) + html.made_with(environment)
     return html.document("SGD, SAM and ASAM", summary, body)
-
-
-def _pair(values: list[float]) -> str:
-    mean, sd = mean_sd(values)
-    return f"{mean:.1f} ± {sd:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 def _count(number: int, what: str) -> str:

@@ -12,9 +12,9 @@ from statistics import fmean
 from .. import plots
 from ..data import load
 from ..run import Run
-from ..statistics import paired_difference
+from ..statistics import pair, paired_difference
 from ..study import Figure, Findings, Outcome, Study, Table, finding
-from .tuned import SPLITS, Method, Tuning, pair, trained
+from .tuned import SPLITS, Method, Tuning, trained
 
 UNSCALED = "ASAM, biases unscaled (the paper)"
 

@@ -18,10 +18,10 @@ from ...measure import Geometry, Objective, asam_bound, gibbs_certificate, sam_b
 from .. import plots
 from ..data import load
 from ..run import Run
+from ..statistics import pair
 from ..study import Figure, Findings, Outcome, Study, Table, finding
 from ..tasks import Classification
 from ..training import Training
-from .tuned import pair
 
 DELTA = 0.05
 ETA = 0.01

@@ -15,8 +15,9 @@ from matplotlib.axes import Axes
 from .. import plots
 from ..data import load
 from ..run import Run
+from ..statistics import pair
 from ..study import Figure, Finding, Findings, Outcome, Study, Table, finding
-from .tuned import SPLITS, Method, Tuning, lower, pair, trained
+from .tuned import SPLITS, Method, Tuning, lower, trained
 
 RESAMPLES = 2000
 KEPT = 98.0  # per cent of the gain

@@ -17,8 +17,9 @@ from .. import InputError, plots
 from ..caches import cached_folder
 from ..image_folder import ImageFolder
 from ..run import Run
+from ..statistics import pair
 from ..study import Figure, Findings, Outcome, Study, Table
-from .tuned import Method, Tuning, pair, trained
+from .tuned import Method, Tuning, trained
 
 TWICE = "SGD, twice the epochs"
 GROUP = "image-folder"

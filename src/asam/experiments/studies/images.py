@@ -10,8 +10,9 @@ from .. import plots
 from ..data import load
 from ..models import build
 from ..run import Run
+from ..statistics import pair
 from ..study import Figure, Findings, Outcome, Study, Table
-from .tuned import SPLITS, Method, Tuning, pair, trained
+from .tuned import SPLITS, Method, Tuning, trained
 
 TWICE = "SGD, twice the epochs"
 NETWORKS = "densenet121 resnet20 resnet56 vgg19-bn resnext29-32x4d wrn28-2 wrn28-10 pyramidnet272"

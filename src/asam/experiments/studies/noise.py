@@ -14,8 +14,9 @@ from .. import plots
 from ..data import load
 from ..models import build
 from ..run import Run
+from ..statistics import pair
 from ..study import Figure, Findings, Outcome, Study, Table
-from .tuned import SPLITS, TOGETHER, Method, Tuning, lower, pair, trained
+from .tuned import SPLITS, TOGETHER, Method, Tuning, lower, trained
 
 EARLY = "SGD, early stopping"
 TWICE = "SGD, twice the epochs"

@@ -14,9 +14,9 @@ import numpy as np
 from .. import plots
 from ..data import load
 from ..run import Run
-from ..statistics import paired_difference
+from ..statistics import pair, paired_difference
 from ..study import Figure, Findings, Outcome, Study, Table, finding
-from .tuned import SPLITS, TOGETHER, Method, Tuning, lower, pair, trained
+from .tuned import SPLITS, TOGETHER, Method, Tuning, lower, trained
 
 COLLAPSED = 80.0  # % error; guessing among ten classes errs on 90
 

@@ -14,8 +14,9 @@ import numpy as np
 from .. import plots
 from ..data import load
 from ..run import Run
+from ..statistics import pair
 from ..study import Figure, Findings, Outcome, Study, Table, finding
-from .tuned import TOGETHER, pair, trained
+from .tuned import TOGETHER, trained
 
 RESAMPLES = 2000
 BASE = "ASAM, elementwise, unscaled"

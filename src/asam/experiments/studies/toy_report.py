@@ -121,7 +121,8 @@ def _draw_maps(axes: Sequence[Axes], settings: Settings, cells: Mapping[str, Map
             panel.set_title(f"{rho:g}" if i else f"rho = {rho:g}", fontsize=9)
             panel.set_ylabel("" if i else method)
     handles = [Patch(color=color, label=label) for label, color in OUTCOMES.items()]
-    axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    columns = 3 if len(next(iter(cells.values()))) > 4 else 1  # the figure is as wide as the maps
+    axes[0].figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _cells(outcome: Outcome, side: int) -> np.ndarray:

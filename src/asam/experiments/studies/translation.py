@@ -10,9 +10,9 @@ from matplotlib.axes import Axes
 from .. import InputError, plots
 from ..parallel_text import load
 from ..run import Run
-from ..statistics import mean_sd, paired_difference
+from ..statistics import mean_sd, pair, paired_difference
 from ..study import Figure, Finding, Findings, Outcome, Study, Table, finding
-from .tuned import Method, Tuning, pair, trained
+from .tuned import Method, Tuning, trained
 
 GROUP = "translation"
 TWICE = "Adam, twice the epochs"

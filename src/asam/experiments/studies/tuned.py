@@ -12,7 +12,7 @@ from typing import Any
 
 from ..run import Run
 from ..runs import Together
-from ..statistics import mean_sd, paired_difference
+from ..statistics import pair, paired_difference
 from ..study import Finding, Outcome, finding
 from ..together import alike, train_together
 from ..training import train
@@ -147,12 +147,6 @@ def trained(run: Run) -> Outcome:
 
 
 TOGETHER = Together(alike, train_together)
-
-
-def pair(values: Sequence[float], digits: int = 1) -> str:
-    """Mean and standard deviation."""
-    mean, sd = mean_sd(values)
-    return f"{mean:.{digits}f} ± {sd:.{digits}f}"
 
 
 def _tuning_name(group: str, method: Method, value: float, i: int) -> str:
