@@ -133,7 +133,7 @@ class State:
             "matmul": torch.get_float32_matmul_precision(),
             "fast path": torch.backends.mha.get_fastpath_enabled(),
             "TF32": torch.backends.cudnn.allow_tf32,
-            "math alone": torch.backends.cuda.math_sdp_enabled() and not torch.backends.cuda.flash_sdp_enabled(),
+            "attention": torch.nn.attention._cur_sdpa_kernel_backends(),
         }
 
     def assert_unchanged(self):

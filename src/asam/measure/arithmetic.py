@@ -75,9 +75,12 @@ def _operations() -> list[Any]:
 
 def _attention() -> list[tuple[Callable[[bool], None], Callable[[], bool]]]:
     """The kernels of attention, which a product with the Hessian chooses among: how to enable them, and whether."""
-    cuda: Any = torch.backends.cuda
-    kernels = ("flash_sdp", "mem_efficient_sdp", "math_sdp", "cudnn_sdp")
-    return [(getattr(cuda, f"enable_{name}"), getattr(cuda, f"{name}_enabled")) for name in kernels]
+    binding: Any = torch._C  # torch.backends.cuda has not all of them
+    pairs = [
+        (getattr(binding, f"_set_sdp_use_{name}", None), getattr(binding, f"_get_{name}_sdp_enabled", None))
+        for name in ("flash", "mem_efficient", "math", "cudnn", "overrideable")
+    ]
+    return [(enable, enabled) for enable, enabled in pairs if enable is not None and enabled is not None]
 
 
 def _put_precision(operation: Any, precision: str) -> None:
