@@ -111,9 +111,10 @@ def test_gradients_at_w_alone_and_at_w_plus_e_alone_count():
     torch.testing.assert_close(model["c"].weight.grad, 2.0 * g1)
 
 
+@pytest.mark.parametrize("sync_ascent", [False, True])  # of one process there is nothing to put together
 @pytest.mark.parametrize("combine", COMBINATIONS)
-def test_a_loss_scale_that_changes_leaves_no_trace(combine):
-    plain, scaled = Training(combine=combine), Training(combine=combine)
+def test_a_loss_scale_that_changes_leaves_no_trace(combine, sync_ascent):
+    plain, scaled = Training(combine=combine), Training(combine=combine, sync_ascent=sync_ascent)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_factor=8.0, growth_interval=1)
     for step in range(5):
         plain.step(step)
