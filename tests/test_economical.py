@@ -10,7 +10,7 @@ import torch
 from slow_reference import assert_same, gradients, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from trainings import Training, sgd
+from trainings import Reversible, Training, sgd
 
 from asam import ASAM, EconomicalASAM, Momentum
 
@@ -227,29 +227,12 @@ def test_an_optimizer_without_momentum_is_told_of_in_the_first_step(warmup):
     training.asam.backward(lambda: training.loss(0))
 
 
-class Again(torch.autograd.Function):
-    """A layer that is run again in the backward pass, in a pass of its own."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return layer(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        with torch.enable_grad():
-            torch.autograd.backward(ctx.layer(ctx.saved_tensors[0].detach()), grad)
-        return grad @ ctx.layer.weight, None
-
-
 @pytest.mark.parametrize("warmup", [0, 5])
 def test_a_layer_whose_backward_pass_writes_grad_is_told_of_in_the_first_step(warmup):
     layers, inputs = nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 1)]), torch.randn(5, 3)
 
     def closure():
-        return Again.apply(torch.tanh(layers[0](inputs)), layers[1]).square().mean()
+        return Reversible.apply(torch.tanh(layers[0](inputs)), layers[1]).square().mean()
 
     with pytest.raises(RuntimeError, match=r"another one, which writes \.grad"):
         EconomicalASAM(layers, steps=100, warmup=warmup).backward(closure)

@@ -48,6 +48,24 @@ class Training:
         return remembered(self.asam)
 
 
+class Reversible(torch.autograd.Function):
+    """A layer that is run again in the backward pass, by hand."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.layer(x), grad)
+        return x.grad, None
+
+
 def remembered(asam):
     """The means that there are."""
     return {name: value for name, value in asam.state_dict()["mean"].items() if not value.isnan().all()}

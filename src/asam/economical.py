@@ -149,7 +149,7 @@ class EconomicalASAM:
             with self.exact._replicas.apart(accumulating=True):
                 pass  # but for what that refuses
             loss = self._last.backward(closures, ascent=ascent, backward=backward)
-            if all(param.grad is None for param in params):  # the shards' may come later, for which nothing exact waits
+            if all(param.grad is None for param in params):  # shards may get theirs later, which is late for exact ones
                 passes.present({}, [], averaged=False)
             return loss
         before, reached = held(params), set[int]()

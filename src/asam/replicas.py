@@ -67,7 +67,7 @@ class Replicas:
         """Put the means over the processes in the place of the gradients.
 
         The processes are those of the model's first wrapper, all if it has none. Where this one has no gradient,
-        another may have one: it counts as 0.
+        another may have one: it counts as 0. Where none has, there is none.
         """
         if not _connected():
             return
@@ -77,9 +77,9 @@ class Replicas:
             there = values[0].new_tensor([grads[i] is not None for i in members])
             flat = self.mean_(torch.cat([*(value.reshape(-1) for value in values), there]))
             *parts, there = torch.split(flat, [*(value.numel() for value in values), len(members)])
-            anywhere = there.tolist() if any(grads[i] is None for i in members) else members
-            for i, part, found in zip(members, parts, anywhere, strict=True):
-                grads[i] = part.view_as(params[i]) if found or grads[i] is not None else None
+            for i, part, found in zip(members, parts, there.unbind(), strict=True):
+                if grads[i] is not None or found:  # which is read where this one has none
+                    grads[i] = part.view_as(params[i])
 
     def mean_(self, tensor: Tensor) -> Tensor:
         """The mean over those processes, in the tensor's place."""

@@ -46,6 +46,12 @@ def test_what_is_missing_or_broken(monkeypatch, tmp_path):
             raise RuntimeError("operator x::y does not exist\nand more")
         return real(name)
 
+    def version(package):
+        raise doctor.PackageNotFoundError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(doctor, "version", version)
+        assert doctor.examine()["optional parts"]["the paper's networks"] == "missing: pip install --no-deps pytorchcv"
     monkeypatch.setattr(doctor, "PARTS", {"a": ("nowhere", "not-a-package-of-anyone"), "b": ("optuna", "optuna")})
     monkeypatch.setattr(doctor.importlib, "import_module", imported)
     monkeypatch.setattr(data, "FASHION_FOLDER", tmp_path / "nothing")

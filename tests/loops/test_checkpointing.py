@@ -7,6 +7,7 @@ import torch
 from slow_reference import assert_near, assert_same, gradients, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from trainings import Reversible
 
 from asam import ASAM
 
@@ -121,24 +122,6 @@ def test_reentrant_checkpointing_is_refused_after_a_step_without_it():
     asam.backward(lambda: heads[0](inputs).square().mean())
     with pytest.raises(RuntimeError, match=r"parameters behind .* with use_reentrant=True have no gradient"):
         asam.backward(lambda: heads[2](checkpoint(heads[1], inputs, use_reentrant=True)).square().mean())
-
-
-class Reversible(torch.autograd.Function):
-    """A layer that is run again in the backward pass, by hand."""
-
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        ctx.save_for_backward(x)
-        with torch.no_grad():
-            return layer(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x = ctx.saved_tensors[0].detach().requires_grad_()
-        with torch.enable_grad():
-            torch.autograd.backward(ctx.layer(x), grad)
-        return x.grad, None
 
 
 @pytest.mark.parametrize("accumulated", [False, True])

@@ -1,13 +1,16 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from torch import nn
 
 from asam import ASAM, SAM
 from asam.experiments import reproduce
-from asam.experiments.studies import toy
+from asam.experiments.studies import toy, toy_report
 from asam.experiments.studies.toy import STUDY
 from asam.experiments.studies.toy_descent import (
     STARTS,
@@ -95,6 +98,22 @@ def test_paths_begin_at_the_starts_of_the_paper_and_go_where_the_run_goes():
 def test_the_flat_end_is_on_the_valley_where_the_weights_are_alike():
     w = torch.tensor([[0.2, 0.2], [0.22, 0.04 / 0.22], [0.4, 0.1], [0.3, 0.3], [0.2, -0.2]])
     assert at_flat_end(w).tolist() == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("columns", [2, 3, 4, 5, 10])
+def test_the_legend_of_the_map_is_not_cut_off(columns, monkeypatch):
+    shown = []
+    monkeypatch.setattr(toy_report.plots, "svg", lambda draw, size, **grid: shown.append((draw, size, grid)))
+    settings = replace(STUDY.settings["quick"], rhos=tuple(0.1 * i for i in range(1, 2 * columns)), shown=(0.1, 0.1))
+    outcomes = {name: STUDY.perform(run) for name, run in STUDY.plan(settings, {}).items()}
+    toy_report.figures(settings, outcomes)
+    draw, size, grid = shown[-1]
+    assert grid == {"columns": columns, "rows": 2}
+    figure = Figure(figsize=size, layout="constrained")
+    draw(*np.ravel(figure.subplots(2, columns)))
+    FigureCanvasAgg(figure).draw()
+    legend = figure.legends[0].get_window_extent()
+    assert figure.bbox.x0 <= legend.x0 < legend.x1 <= figure.bbox.x1
 
 
 def test_verdicts_follow_the_outcomes():
