@@ -144,7 +144,6 @@ class EconomicalASAM:
     ) -> Tensor:
         """A step that tells what the exact ones would tell, at the end of a training."""
         passes, params = self.exact._passes, list(self.exact._params.values())
-        passes.check_still_the_models()
         if passes.through_grad(backward):
             with self.exact._replicas.apart(accumulating=True):
                 pass  # but for what that refuses

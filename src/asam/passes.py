@@ -131,7 +131,7 @@ class Passes:
         if missing != self._missing:
             if loss is not None:
                 check_reaches_parameters(loss)
-            self.check_still_the_models()
+            self._check_still_the_models()
             self._missing = missing
 
     def present(
@@ -177,7 +177,7 @@ class Passes:
                 "sparse=False, or leave it out with params=..."
             )
 
-    def check_still_the_models(self) -> None:
+    def _check_still_the_models(self) -> None:
         """Raise if the model has got another parameter in the place of one that was there at first."""
         now = dict(self._model.named_parameters(remove_duplicate=False))
         ours = {id(param) for param in self._params.values()}
