@@ -93,7 +93,8 @@ def names():
 
 
 @pytest.mark.parametrize("page", RUN)
-def test_the_code_of_a_page_runs(page, names):
+def test_the_code_of_a_page_runs(page, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # some of it writes files
     for code in FENCE.findall((ROOT / f"docs/{page}.md").read_text()):
         exec(code, names)
     if page == "index":
