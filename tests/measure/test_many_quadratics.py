@@ -1,4 +1,4 @@
-"""How close the ascent comes to the exact maximum of random quadratics in 50 steps: mostly, not always, 0.998 of it."""
+"""The ascent comes to 0.998 of the exact maximum of these random quadratics in 50 steps."""
 
 import pytest
 import torch
@@ -6,8 +6,6 @@ from quadratics import highest
 
 from asam.measure.ascent import ascend
 from asam.measure.quadratic import Point
-
-pytestmark = pytest.mark.slow
 
 SIZES = (2, 12, 30, 100, 400, 1000)
 RHOS = (0.05, 0.5, 2.0)
@@ -57,17 +55,33 @@ def share_found(values, gradient, rho):
     return found.rise / highest(torch.diag(values.double()), gradient.double(), rho)
 
 
+def share_of(kind, seed, dtype):
+    """What the ascent finds of the exact maximum of a random quadratic."""
+    generator = torch.Generator().manual_seed(seed)
+    size, rho = SIZES[seed % 6], RHOS[seed // 6 % 3]
+    z = torch.randn(2, size, generator=generator, dtype=torch.float64)
+    x = torch.rand(2, size, generator=generator, dtype=torch.float64)
+    values, gradient = KINDS[kind](z, x, 1e-4 ** float(x[1, 0]))
+    return share_found(values.to(dtype), gradient.to(dtype), rho)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_share_of_the_exact_maximum(kind, dtype, rounding):
-    shares = []
-    for seed in range(EACH):
-        generator = torch.Generator().manual_seed(seed)
-        size, rho = SIZES[seed % 6], RHOS[seed // 6 % 3]
-        z = torch.randn(2, size, generator=generator, dtype=torch.float64)
-        x = torch.rand(2, size, generator=generator, dtype=torch.float64)
-        values, gradient = KINDS[kind](z, x, 1e-4 ** float(x[1, 0]))
-        shares.append(share_found(values.to(dtype), gradient.to(dtype), rho))
+    shares = [share_of(kind, seed, dtype) for seed in range(EACH)]
     assert max(shares) < 1 + rounding
-    assert min(shares) > 0.98
-    assert sum(share < 0.998 for share in shares) <= 0.05 * EACH
+    assert min(shares) >= 0.998
+
+
+@pytest.mark.parametrize(
+    ("kind", "seed", "dtype"),
+    [
+        ("indefinite", 56, torch.float64),  # two maxima of nearly the same height
+        ("hard case", 119, torch.float64),  # only the noise of the first step has a part along the steepest way up
+        ("one way up, almost critical", 118, torch.float64),  # three directions hold too little
+        ("one flat way up", 3217, torch.float32),  # the directions are close to each other
+    ],
+)
+def test_quadratics_that_are_hard(kind, seed, dtype):
+    assert share_of(kind, seed, dtype) >= 0.998

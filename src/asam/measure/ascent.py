@@ -23,7 +23,7 @@ from .vectors import largest_magnitude, norm, plus
 
 MOMENTUM = 0.75
 SUCCESS = 0.75
-NOISE = 1e-3
+NOISE = 3e-2
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from .vectors import norm
 
-BLOCK = 2**16  # elements of a row: seven rows of them stay in a core's cache
-ROWS = 3  # offsets that are kept
+BLOCK = 2**15  # elements of a row: thirteen rows of them stay in a core's cache
+ROWS = 6  # offsets that are kept
+SHORT = 100  # roundings that a direction's squared length must be above, or rounding has tilted the direction
 # How far from symmetric the Hessian on a span may be, in units of its largest eigenvalue: rounding adds up from maximum
 # to maximum, and changes of curvature show.
 ASYMMETRY = 1e-3
@@ -50,11 +51,12 @@ class Path:
 
     With S a few offsets and Y = H S the differences of the gradients there, a quadratic is known exactly on the span of
     S: no product with H is needed. The rows of S are the newest point, from the origin, u = 0; the way from it to the
-    last maximum; and the way by which that one was reached from the one before. Since the newest point lies uphill of
-    the last maximum, these are the three directions of conjugate gradients: inside the ball the next maximum is, but
-    for rounding, the one over all gradients there were, and close to it on the sphere. Without the third, a flat way up
-    among steep ways down would take hundreds of steps. (Points themselves, close to each other, would be nearly
-    parallel.)
+    last maximum; and ways by which earlier maxima were reached. While these are few, the span holds all points there
+    were. Then the oldest gives its place to the way by which the last maximum was reached from the one before. Since
+    the newest point lies uphill of the last maximum, the first two and that way are the three directions of conjugate
+    gradients: inside the ball the next maximum is, but for rounding, the one over all gradients there were. Without it
+    a flat way up among steep ways down would take hundreds of steps; the older ways make up for the sphere, where
+    three directions are not enough. (Points themselves, close to each other, would be nearly parallel.)
     """
 
     def __init__(self, origin: Point) -> None:
@@ -69,6 +71,7 @@ class Path:
         self._smooth: list[bool] = []
         self._symmetric = True  # whether H was, when the last maximum was computed
         self._known = 0  # rows of S
+        self._ways = 0  # that were put into the rows from the third on, one after the other
 
     def restart(self, point: Point) -> None:
         """Forget all points but this one."""
@@ -85,13 +88,16 @@ class Path:
         rounding = 4 * torch.finfo(point.u.dtype).eps * abs(point.value)
         smooth = abs(change - trapezoid) <= 0.02 * abs(change) + rounding
         self._smooth.append(smooth)
+        trusted = smooth and self._symmetric and self._maximum is not None
+        if not trusted:
+            self._ways = 0
         # without a maximum that can be trusted, the way back to the point before
-        earlier = self._maximum if smooth and self._symmetric and self._maximum else self._newest
+        earlier = self._maximum if trusted else self._newest
         self._newest, self._known = point, 1
         if earlier:
             torch.sub(earlier.u, point.u, out=self._offsets[1])
             torch.sub(earlier.gradient, point.gradient, out=self._changes[1])
-            self._known = ROWS if earlier is self._maximum else 2
+            self._known = min(2 + self._ways, ROWS)
 
     def maximum(self, rho: float) -> Maximum | None:
         """The maximum in ``||u||_2 <= rho`` and the span, if the function has been quadratic all along the path."""
@@ -105,11 +111,11 @@ class Path:
         products, changes, slopes = self._products(self._newest, known)
         if not (products.isfinite().all() and changes.isfinite().all()):  # rho is as large as float32 takes
             return None
-        # an orthonormal basis of the span, without directions so short that rounding would tilt them
+        # an orthonormal basis of the span
         lengths = products.diagonal().sqrt()
         units = lengths.reciprocal().masked_fill_(lengths == 0, 0)
         squares, vectors = torch.linalg.eigh(units[:, None] * products * units)
-        shortest = 1e4 * torch.finfo(self._rows.dtype).eps * squares[-1]
+        shortest = SHORT * torch.finfo(self._rows.dtype).eps * squares[-1]
         first = int((squares <= shortest).sum())
         if first == len(squares):
             return None
@@ -140,17 +146,18 @@ class Path:
         return Maximum(there, gradient_there, size, reach)
 
     def _go_on(self, weights: list[float]) -> None:
-        """Have in the last rows of S and Y the way by which the maximum of these weights was reached.
+        """Have the way by which the maximum of these weights was reached among the rows of S and Y.
 
-        It is what the maximum has beside a multiple of the last one, of which the newest point falls short by the row
-        before; beside a multiple of the newest point, if there is no last one.
+        It is what the maximum has beside a multiple of the last one, of which the newest point falls short by the
+        second row. That row will do while no other has to go for it: the rest is in the span.
         """
-        newest, way = [*weights, 0.0][:2]
+        if self._known == 1:
+            return
+        newest, way, *earlier = weights
+        row = 2 + self._ways % (ROWS - 2)
         for rows in self._offsets, self._changes:
-            if self._known == ROWS:
-                rows[2].mul_(weights[2]).add_(rows[1], alpha=way - newest)
-            else:
-                torch.mul(rows[1], way, out=rows[2])
+            rows[row] = rows[1] if self._known < ROWS else rows[1:].T @ rows.new_tensor([way - newest, *earlier])
+        self._ways += 1
 
     def _products(self, newest: Point, known: int) -> tuple[Tensor, Tensor, Tensor]:
         """S S', Y S' and S g, with the newest point written into the first rows of S and Y.
