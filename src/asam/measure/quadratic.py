@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .vectors import norm
 
-BLOCK = 2**15  # elements of a row: thirteen rows of them stay in a core's cache
+BLOCK = 2**16  # elements of a row: thirteen rows of them stay in a core's cache
 ROWS = 6  # offsets that are kept
 SHORT = 100  # roundings that a direction's squared length must be above, or rounding has tilted the direction
 # How far from symmetric the Hessian on a span may be, in units of its largest eigenvalue: rounding adds up from maximum
@@ -61,8 +61,8 @@ class Path:
 
     def __init__(self, origin: Point) -> None:
         self._origin = origin
-        # the gradient at the origin, then the rows of S and Y in turns: what is known is one matrix, and one product of
-        # that with S holds all that a quadratic needs
+        # the gradient at the origin, then the rows of S and Y in turns: what is known is one matrix, and its products
+        # with the rows of S are all that a quadratic needs
         self._rows = origin.u.new_zeros(1 + 2 * ROWS, len(origin.u))
         self._rows[0] = origin.gradient
         self._offsets, self._changes = self._rows[1::2], self._rows[2::2]
@@ -72,6 +72,7 @@ class Path:
         self._symmetric = True  # whether H was, when the last maximum was computed
         self._known = 0  # rows of S
         self._ways = 0  # that were put into the rows from the third on, one after the other
+        self._products = [[0.0] * ROWS for _ in range(1 + 2 * ROWS)]
 
     def restart(self, point: Point) -> None:
         """Forget all points but this one."""
@@ -108,26 +109,26 @@ class Path:
         if not self._newest or not all(self._smooth[-2:]):
             return None
         known = self._known
-        products, changes, slopes = self._products(self._newest, known)
-        if not (products.isfinite().all() and changes.isfinite().all()):  # rho is as large as float32 takes
+        products = self._multiplied(self._newest, known)
+        if not math.isfinite(float(products.sum())):  # rho is as large as float32 takes
             return None
         # an orthonormal basis of the span
-        lengths = products.diagonal().sqrt()
-        units = lengths.reciprocal().masked_fill_(lengths == 0, 0)
-        squares, vectors = torch.linalg.eigh(units[:, None] * products * units)
-        shortest = SHORT * torch.finfo(self._rows.dtype).eps * squares[-1]
-        first = int((squares <= shortest).sum())
-        if first == len(squares):
+        units = products[1::2].diagonal().rsqrt().nan_to_num_(posinf=0.0)
+        squares, vectors = torch.linalg.eigh(units[:, None] * products[1::2] * units)
+        shortest = SHORT * torch.finfo(self._rows.dtype).eps * float(squares[-1])
+        first = sum(square <= shortest for square in squares.tolist())
+        if first == known:
             return None
         basis = units[:, None] * (vectors[:, first:] * squares[first:].rsqrt())
+        seen = products @ basis
         # its axes are turned to those of the quadratic
-        hessian = basis.T @ changes @ basis
+        hessian = basis.T @ seen[2::2]
         eigenvalues, axes = torch.linalg.eigh((hessian + hessian.T) / 2)
         basis = basis @ axes
         curvatures: list[float] = eigenvalues.tolist()
         steepest = max(map(abs, curvatures))
         self._symmetric = float((hessian - hessian.T).abs().max()) <= ASYMMETRY * steepest
-        slope, newest = (slopes @ basis).tolist(), (products[0] @ basis).tolist()
+        slope, newest = (seen[:2] @ axes).tolist()
         coordinates = _trust_region(curvatures, slope, rho)
         if not any(coordinates):  # the origin is a critical point: where it falls least, a way up may be near
             coordinates[-1] = rho
@@ -154,23 +155,38 @@ class Path:
         if self._known == 1:
             return
         newest, way, *earlier = weights
-        row = 2 + self._ways % (ROWS - 2)
+        self._ways += 1
+        row = self._last_row()
         for rows in self._offsets, self._changes:
             rows[row] = rows[1] if self._known < ROWS else rows[1:].T @ rows.new_tensor([way - newest, *earlier])
-        self._ways += 1
 
-    def _products(self, newest: Point, known: int) -> tuple[Tensor, Tensor, Tensor]:
-        """S S', Y S' and S g, with the newest point written into the first rows of S and Y.
+    def _last_row(self) -> int:
+        """The row that was put among the ways last."""
+        return 2 + (self._ways - 1) % (ROWS - 2)
 
-        A block at a time, so that what is written is multiplied while it is in the cache.
+    def _multiplied(self, newest: Point, known: int) -> Tensor:
+        """The products of g and of the rows of S and Y, in turns, with those of S, where the newest point is put first.
+
+        Of those with rows that are as they were, H being symmetric, none is taken anew. A block at a time, so that what
+        is written is multiplied while it is in the cache.
         """
-        products = torch.zeros(1 + 2 * known, known, dtype=torch.float64, device=self._rows.device)
+        new = [*range(min(known, 2)), *([self._last_row()] if known > 2 else [])]
+        sums = torch.zeros(1 + 2 * known, len(new), dtype=torch.float64, device=self._rows.device)
         for start in range(0, self._rows.shape[1], BLOCK):
             rows = self._rows[: 1 + 2 * known, start : start + BLOCK]
             rows[1] = newest.u[start : start + BLOCK]
             torch.sub(newest.gradient[start : start + BLOCK], rows[0], out=rows[2])
-            products += rows @ rows[1::2].T
-        return products[1::2], products[2::2], products[0]
+            for column, its in zip(new, sums.unbind(1), strict=True):
+                its += rows @ rows[1 + 2 * column]
+        products = self._products
+        for row, values in zip(products, sums.tolist(), strict=False):
+            for column, value in zip(new, values, strict=True):
+                row[column] = value
+        for old in set(range(known)) - set(new):
+            for column in new:
+                for first in 1, 2:  # of S, of Y
+                    products[first + 2 * column][old] = products[first + 2 * old][column]
+        return torch.tensor([row[:known] for row in products[: 1 + 2 * known]], dtype=torch.float64, device="cpu")
 
 
 def _inner(a: list[float], b: list[float]) -> float:
