@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import InputError
 from .run import Run
 
-LAST_WORDS = 2  # seconds; torchrun ends all processes as soon as one has ended badly
+LAST_WORDS = 30  # seconds at most: torchrun ends all processes as soon as one has ended badly
 FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
