@@ -14,7 +14,7 @@ from . import InputError
 from .files import held, plain
 from .options import with_run_options
 from .run import LARGEST
-from .terminal import counted, print_table, progress, refusals, say
+from .terminal import counted, last_words, print_table, progress, refusal, refusals, say
 
 INTERRUPTED = 130
 MANY = 10_000  # runs to name in one plan
@@ -362,12 +362,10 @@ def run() -> int:
                 if sys.argv[1:2] in (["compare"], ["reproduce"], ["train"], ["tune"])
                 else ""
             )
-            _say(f"interrupted{resumes}")
+            last_words(f"interrupted{resumes}")
         return code if isinstance(code, int) else 0
-    except InputError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'the results'}: {error.strerror or error}"
+    except (InputError, OSError) as error:
+        message = refusal(error)
     except Exception as error:
         # typer raises its parser's own errors, whose class depends on its version
         if not hasattr(error, "format_message"):
@@ -375,12 +373,5 @@ def run() -> int:
         place = getattr(getattr(error, "ctx", None), "command_path", "asam")
         message = error.format_message()
         message += f"{'' if message.endswith(('.', '?')) else '.'} See {place} --help."
-    _say(message)
+    last_words(message)
     return 2
-
-
-def _say(message: str) -> None:
-    """The last words of a command, in a line."""
-    if "--force" in sys.argv:  # it would start again
-        message = message.replace("the same command goes on", "the same command without --force goes on")
-    print(f"asam: {' '.join(message.splitlines())}", file=sys.stderr)

@@ -7,7 +7,6 @@ whole batch. What is saved does not depend on either.
 
 import os
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import InputError
 from .run import Run
+from .terminal import last_words, refusal
 
-LAST_WORDS = 30  # seconds at most: torchrun ends all processes as soon as one has ended badly
 FULL = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -64,20 +63,22 @@ def joined(run: Run) -> Iterator[Place]:
 
 @contextmanager
 def agreed(place: Place) -> Iterator[None]:
-    """What one of the processes refuses in the block, all do: the first says why, the others leave with its exit code.
+    """What one of several processes refuses in the block, all do: the first says why, and all leave with exit code 2.
 
     Without this they would wait for it, or end with errors of their own about its silence.
     """
-    refusal: InputError | OSError | None = None
+    refused: InputError | OSError | None = None
     try:
         yield
     except (InputError, OSError) as error:
-        refusal = error
-    refused = from_all(refusal is not None, place)
-    if refusal is not None and refused.index(True) == place.rank:
-        raise refusal
-    if any(refused):
-        time.sleep(LAST_WORDS)
+        if place.world == 1:
+            raise
+        refused = error
+    who = from_all(refused is not None, place)
+    if any(who):
+        if refused is not None and who.index(True) == place.rank:
+            last_words(refusal(refused))
+        from_all(None, place)  # torchrun ends all as soon as one has left: none does before it is said
         sys.exit(2)
 
 

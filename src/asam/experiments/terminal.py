@@ -1,5 +1,6 @@
 """What the commands show while they work, and how they say no."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,3 +75,17 @@ def refusals() -> Iterator[None]:
         yield
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError(" ".join(str(error).split())) from error
+
+
+def refusal(error: InputError | OSError) -> str:
+    """What is said of bad input, or of a file that cannot be read or written."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the results'}: {error.strerror or error}"
+    return str(error)
+
+
+def last_words(message: str) -> None:
+    """Say on standard error, in a line, why a command ends."""
+    if "--force" in sys.argv:  # it would start again
+        message = message.replace("the same command goes on", "the same command without --force goes on")
+    print(f"asam: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
