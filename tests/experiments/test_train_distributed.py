@@ -1,6 +1,6 @@
 """``asam train`` on two processes that torchrun starts, against one; killed and started again; refused.
 
-A launch takes about ten seconds.
+A launch by torchrun takes about ten seconds.
 """
 
 import json
@@ -12,6 +12,9 @@ import time
 
 import pytest
 import torch
+from processes import launch
+
+from asam.experiments import InputError, distributed
 
 # 500 digits: 5 steps an epoch, 10 in all
 QUICK = ["--rho", "0.5", "--epochs", "2", "--batch-size", "100"]
@@ -116,3 +119,24 @@ def test_what_one_process_refuses_is_said_once(tmp_path):
     assert len(said) == 1, err
     assert "holds another configuration or other files" in said[0]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def no_process_leaves_before_a_refusal_is_said(rank):
+    place, said = distributed.Place(torch.device("cpu"), rank, 2), []
+
+    def slowly(message):
+        time.sleep(0.5)
+        said.append((message, time.monotonic()))
+
+    distributed.last_words = slowly
+    with pytest.raises(SystemExit, match="2"), distributed.agreed(place):
+        if rank == 1:
+            raise InputError("no")
+    left = distributed.from_all(time.monotonic(), place)
+    ((message, moment),) = sum(distributed.from_all(said, place), [])
+    assert message == "no"
+    assert moment <= min(left)
+
+
+def test_a_refusal_is_said_first(tmp_path):
+    launch(tmp_path, 2, no_process_leaves_before_a_refusal_is_said)
