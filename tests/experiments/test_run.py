@@ -113,6 +113,14 @@ def test_a_run_stored_as_json_is_read_back_equal(tmp_path):
         assert as_run(read_run(path), str(path)) == run
 
 
+def test_a_number_that_json_does_not_have():
+    assert as_run({"p": "inf", "rho": 0.1, "data_dir": "inf"}, "here") == Run(p=math.inf, rho=0.1, data_dir="inf")
+    with pytest.raises(InputError, match="here: p has a wrong type, 'infinite'"):
+        as_run({"p": "infinite"}, "here")
+    with pytest.raises(InputError, match="rho must be a number >= 0 and < 1e\\+18, got inf"):
+        as_run({"rho": "inf"}, "here")
+
+
 def test_toml(tmp_path):
     path = tmp_path / "run.toml"
     path.write_text('method = "sam"  # the plain one\nrho = 0.1\np = inf\naugment = true\ntrain_size = 7\n')

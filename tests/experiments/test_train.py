@@ -103,6 +103,24 @@ def test_the_weights_are_those_of_the_outcome_and_can_be_measured(asam, train, t
     refused(asam("measure", "out", *quick), "name one of its runs, such as out/run")
 
 
+def test_the_files_of_an_infinite_p_are_json(asam, train, tmp_path):
+    def not_json(constant):
+        raise AssertionError(constant)
+
+    out, arguments = tmp_path / "asam-train", ("--rho", 0.01, "--p", "inf")
+    done = train(*arguments)
+    assert done.code == 0
+    texts = [done.out.splitlines()[0], (out / "config.json").read_text(), (out / "run.json").read_text()]
+    runs = [json.loads(text, parse_constant=not_json) for text in texts]
+    assert [found.get("run", found)["p"] for found in runs] == ["inf"] * 3
+    quick = ["--samples", 2, "--steps", 3, "--eigenvalues", 1, "--json"]
+    assert asam("measure", "asam-train/run", *quick).code == 0
+    refused(train(*arguments), "holds the same, finished")
+    again = train("--config", "asam-train/run.json", "--out", "again")
+    assert again.code == 0
+    assert outcome(tmp_path / "again") == outcome(out)
+
+
 def test_options_beat_the_file(train, tmp_path):
     (tmp_path / "a.toml").write_text('method = "sam"\nlr = 0.05\nmomentum = 0.5\n')
     done = train("--config", "a.toml", "--lr", 0.02, "--json")

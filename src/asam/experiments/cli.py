@@ -247,7 +247,7 @@ def train(
 
     def begun() -> None:
         if first and not as_json:
-            print(json.dumps(asdict(run)))
+            print(json.dumps(plain(asdict(run))))
 
     with counted(f"{run.method} on {run.dataset}", "steps", shown=first) as progress:
         outcome = sessions.execute(

@@ -128,7 +128,7 @@ def claim_folder(
                 file.unlink(missing_ok=True)
         else:
             # with --force the files of a damaged one would be refused as of something else
-            if not path.exists() or read_json(path, "choose another --out") != json.loads(json.dumps(config)):
+            if not path.exists() or read_json(path, "choose another --out") != json.loads(json.dumps(plain(config))):
                 raise InputError(
                     f"{folder} holds another configuration or other files: choose another --out, or overwrite with "
                     "--force"
@@ -137,7 +137,7 @@ def claim_folder(
                 raise InputError(f"{folder} holds the same, finished: choose another --out, or run again with --force")
             return
     folder.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(config, indent=1) + "\n")
+    write(path, json.dumps(plain(config), indent=1) + "\n")
 
 
 def _is_ours(config: Path) -> bool:

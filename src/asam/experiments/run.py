@@ -1,6 +1,7 @@
 """A run: everything that decides its outcome, in one frozen configuration that can be stored and read back."""
 
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -149,7 +150,10 @@ def as_run(values: dict[str, Any], source: str) -> Run:
         InputError: a name is not a run's, or a value cannot be.
     """
     known = {item.name: item.type for item in fields(Run)}
+    values = dict(values)
     for name, value in values.items():
+        if value == "inf" and known.get(name) is float:  # JSON has no number for it
+            values[name] = value = math.inf
         if name not in known:
             raise InputError(f"{source}: a run has no {name!r}; it has {', '.join(known)}")
         if not _is(value, known[name]):

@@ -95,8 +95,8 @@ def execute(
         if not first:
             return None
         save_tensors(folder / "run.pt", weights)
-        result = {"run": asdict(run), "outcome": plain(outcome), "processes": place.world, "environment": environment()}
-        write(folder / "run.json", json.dumps(result, indent=1) + "\n")
+        result = {"run": asdict(run), "outcome": outcome, "processes": place.world, "environment": environment()}
+        write(folder / "run.json", json.dumps(plain(result), indent=1) + "\n")
         for file in folder.glob(f"{CHECKPOINT}*"):  # one that was being written when the run was killed, too
             file.unlink(missing_ok=True)
         return outcome
