@@ -50,7 +50,10 @@ def killed(asam, seed, report):
     quiet(asam, seed, report)
 
 def silent(asam, seed, report):
-    pass
+    values(asam)
+
+def without(asam, seed, report):
+    report(1.0)
 
 def raises(asam, seed, report):
     report(1.0)
@@ -85,12 +88,14 @@ def text(asam, seed, report):
     report("good")
 
 def nan(asam, seed, report):
+    values(asam)
     report(math.nan)
 
 def nan_above(asam, seed, report):
     report(math.nan if values(asam)[0] > 1 else note(asam, seed))
 
 def nan_afresh(asam, seed, report):
+    values(asam)
     report(math.nan if seed else 1.0)
 
 def raises_later(asam, seed, report):
@@ -338,6 +343,7 @@ BAD = [
     (["own:quiet", "--storage", "nothing"], "--storage is no database URL"),
     (["own:quiet", "--storage", "sqlite:///\udcff"], "--storage is no database URL"),
     (["own:silent"], "the training never called report(validation_error)"),
+    (["own:without"], "own:without: the training never called asam(model): all values of rho would do the same"),
     (["own:raises"], "own:raises: the training raised KeyError: 'labels' ("),
     (["own:value_error"], "own:value_error: the training raised ValueError: two lines ("),
     (["own:exits"], "own:exits: the training raised SystemExit: 3 ("),

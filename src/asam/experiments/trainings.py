@@ -72,13 +72,22 @@ def find(target: str, run: Run | None) -> Train:
 def _call(
     function: Callable[..., Any], target: str, choice: Choice, seed: int, report: Callable[[float], None]
 ) -> None:
+    made = False
+
+    def asam(model: nn.Module, **others: Any) -> ASAM:
+        nonlocal made
+        made = True
+        return choice.asam(model, **others)
+
     try:
         with redirect_stdout(sys.stderr):
-            function(choice.asam, seed, report)
+            function(asam, seed, report)
     except (InputError, optuna.TrialPruned):
         raise
     except (Exception, SystemExit) as error:
         raise InputError(f"{target}: the training raised {_said(error, target)}") from error
+    if not made:
+        raise InputError(f"{target}: the training never called asam(model): all values of rho would do the same")
 
 
 def _said(error: BaseException, target: str) -> str:
