@@ -239,20 +239,15 @@ class Evaluation:
 
     def _call(self, piece: Piece) -> tuple[Tensor, Mapping[str, Any]]:
         result = self._loss_fn(self._model, piece.batch)
-        loss, others = result if isinstance(result, tuple) and len(result) == 2 else (result, {})
+        others: Mapping[str, Any] = {}
+        if isinstance(result, tuple) and len(result) == 2:
+            result, others = result
+            _check_means(others)
+        loss = result
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             raise ValueError(
                 f"loss_fn must return the mean loss of the batch, a real scalar tensor, got {_described(loss)}"
             )
-        if not isinstance(others, Mapping):
-            raise ValueError(f"loss_fn must return (loss, dict of other means), got a pair with {_described(others)}")
-        for name, value in others.items():
-            if name == "loss":
-                raise ValueError("loss_fn must not return another mean called 'loss'")
-            if not isinstance(value, Tensor | Real) or (
-                isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex())
-            ):
-                raise ValueError(f"loss_fn must return a number for the mean {name!r}, got {_described(value)}")
         self._loss_dtype = loss.dtype
         if torch.is_grad_enabled() and not loss.requires_grad:
             raise ValueError("the loss has no gradient: loss_fn must not detach it or run under torch.no_grad()")
@@ -339,6 +334,18 @@ def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
     """A vector of all parameters as a tensor for each, of its shape, without a copy."""
     parts = torch.split(vector, [param.numel() for param in params])
     return [part.view_as(param) for part, param in zip(parts, params, strict=True)]
+
+
+def _check_means(others: object) -> None:
+    if not isinstance(others, Mapping):
+        raise ValueError(f"loss_fn must return (loss, dict of other means), got a pair with {_described(others)}")
+    for name, value in others.items():
+        if name == "loss":
+            raise ValueError("loss_fn must not return another mean called 'loss'")
+        if not isinstance(value, Tensor | Real) or (
+            isinstance(value, Tensor) and (value.numel() != 1 or value.is_complex())
+        ):
+            raise ValueError(f"loss_fn must return a number for the mean {name!r}, got {_described(value)}")
 
 
 def _described(value: object) -> str:

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +86,7 @@ class Path:
         before = self._newest or self._origin
         step = point.u - before.u
         # the trapezoid rule is exact for a quadratic; 2 % and rounding are allowed
-        trapezoid = 0.5 * float(step @ before.gradient + step @ point.gradient)
+        trapezoid = 0.5 * (float(step @ before.gradient) + float(step @ point.gradient))
         change = point.value - before.value
         rounding = 4 * torch.finfo(point.u.dtype).eps * abs(point.value)
         smooth = abs(change - trapezoid) <= 0.02 * abs(change) + rounding
@@ -95,10 +97,14 @@ class Path:
         # without a maximum that can be trusted, the way back to the point before
         earlier = self._maximum if trusted else self._newest
         self._newest, self._known = point, 1
-        if earlier:
+        if earlier and self._is_smooth():
             torch.sub(earlier.u, point.u, out=self._offsets[1])
             torch.sub(earlier.gradient, point.gradient, out=self._changes[1])
             self._known = min(2 + self._ways, ROWS)
+
+    def _is_smooth(self) -> bool:
+        """Whether the function was quadratic on the last two steps."""
+        return all(self._smooth[-2:])
 
     def maximum(self, rho: float) -> Maximum | None:
         """The maximum in ``||u||_2 <= rho`` and the span, if the function has been quadratic all along the path."""
@@ -106,44 +112,34 @@ class Path:
         return self._maximum
 
     def _in_span(self, rho: float) -> Maximum | None:
-        if not self._newest or not all(self._smooth[-2:]):
+        if not self._newest or not self._is_smooth():
             return None
         known = self._known
-        products = self._multiplied(self._newest, known)
-        if not math.isfinite(float(products.sum())):  # rho is as large as float32 takes
+        table = self._multiplied(self._newest, known)
+        if not all(map(math.isfinite, chain(*table))):  # rho is as large as float32 takes
             return None
-        # an orthonormal basis of the span
-        units = products[1::2].diagonal().rsqrt().nan_to_num_(posinf=0.0)
-        squares, vectors = torch.linalg.eigh(units[:, None] * products[1::2] * units)
-        shortest = SHORT * torch.finfo(self._rows.dtype).eps * float(squares[-1])
-        first = sum(square <= shortest for square in squares.tolist())
-        if first == known:
+        axes = _axes(table, SHORT * torch.finfo(self._rows.dtype).eps)
+        if not axes:
             return None
-        basis = units[:, None] * (vectors[:, first:] * squares[first:].rsqrt())
-        seen = products @ basis
-        # its axes are turned to those of the quadratic
-        hessian = basis.T @ seen[2::2]
-        eigenvalues, axes = torch.linalg.eigh((hessian + hessian.T) / 2)
-        basis = basis @ axes
-        curvatures: list[float] = eigenvalues.tolist()
+        curvatures, slope, newest = axes.curvatures, axes.slope, axes.newest
         steepest = max(map(abs, curvatures))
-        self._symmetric = float((hessian - hessian.T).abs().max()) <= ASYMMETRY * steepest
-        slope, newest = (seen[:2] @ axes).tolist()
+        self._symmetric = axes.asymmetry <= ASYMMETRY * steepest
         coordinates = _trust_region(curvatures, slope, rho)
         if not any(coordinates):  # the origin is a critical point: where it falls least, a way up may be near
             coordinates[-1] = rho
         straight, bent = _inner(slope, coordinates), _inner(curvatures, [u * u for u in coordinates])
         if _inner(newest, coordinates) < 0 and abs(straight) < EVEN * abs(bent):  # it is as high on this side
             coordinates = [-u for u in coordinates]
-        weights = (basis @ basis.new_tensor(coordinates)).to(self._rows)
-        gradient_there = torch.addmv(self._origin.gradient, self._changes[:known].T, weights)
+        weights = [_inner(row, coordinates) for row in axes.ways]
+        factors = self._rows.new_tensor(weights)
+        gradient_there = torch.addmv(self._origin.gradient, self._changes[:known].T, factors)
         size = norm(gradient_there)
         reach = math.inf
         if steepest > 0 and math.hypot(*coordinates) < rho * (1 - 1e-6):
             reach = size / steepest
-        there = self._offsets[:known].T @ weights
+        there = self._offsets[:known].T @ factors
         if self._symmetric:
-            self._go_on(weights.tolist())
+            self._go_on(weights)
         return Maximum(there, gradient_there, size, reach)
 
     def _go_on(self, weights: list[float]) -> None:
@@ -164,33 +160,85 @@ class Path:
         """The row that was put among the ways last."""
         return 2 + (self._ways - 1) % (ROWS - 2)
 
-    def _multiplied(self, newest: Point, known: int) -> Tensor:
+    def _multiplied(self, newest: Point, known: int) -> list[list[float]]:
         """The products of g and of the rows of S and Y, in turns, with those of S, where the newest point is put first.
 
         Of those with rows that are as they were, H being symmetric, none is taken anew. A block at a time, so that what
         is written is multiplied while it is in the cache.
         """
         new = [*range(min(known, 2)), *([self._last_row()] if known > 2 else [])]
-        sums = torch.zeros(1 + 2 * known, len(new), dtype=torch.float64, device=self._rows.device)
+        sums: Any = 0.0
         for start in range(0, self._rows.shape[1], BLOCK):
             rows = self._rows[: 1 + 2 * known, start : start + BLOCK]
             rows[1] = newest.u[start : start + BLOCK]
             torch.sub(newest.gradient[start : start + BLOCK], rows[0], out=rows[2])
-            for column, its in zip(new, sums.unbind(1), strict=True):
-                its += rows @ rows[1 + 2 * column]
+            sums = sums + torch.stack([rows @ rows[1 + 2 * column] for column in new]).double()
         products = self._products
-        for row, values in zip(products, sums.tolist(), strict=False):
-            for column, value in zip(new, values, strict=True):
+        for column, values in zip(new, sums.tolist(), strict=True):
+            for row, value in zip(products, values, strict=False):
                 row[column] = value
         for old in set(range(known)) - set(new):
             for column in new:
                 for first in 1, 2:  # of S, of Y
                     products[first + 2 * column][old] = products[first + 2 * old][column]
-        return torch.tensor([row[:known] for row in products[: 1 + 2 * known]], dtype=torch.float64, device="cpu")
+        return [row[:known] for row in products[: 1 + 2 * known]]
 
 
 def _inner(a: list[float], b: list[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The orthonormal axes of a quadratic on the span of S.
+
+    Attributes:
+        ways: of how much of each row of S each axis is made, a list for each row.
+        curvatures: the eigenvalues of H on the span, rising.
+        asymmetry: how far H is from symmetric there.
+        slope, newest: the gradient at the origin and the newest point along the axes.
+    """
+
+    ways: list[list[float]]
+    curvatures: list[float]
+    asymmetry: float
+    slope: list[float]
+    newest: list[float]
+
+
+def _axes(products: list[list[float]], shortest: float) -> _Axes | None:
+    """The axes from the products of g and of the rows of S and Y, in turns, with those of S; None if all S is 0.
+
+    Directions whose squared length is not above ``shortest`` times the largest are left out. Little is done by
+    operations of torch: between two passes, which have filled the caches, each takes a while.
+    """
+    known = len(products[0])
+    units = [products[1 + 2 * i][i] for i in range(known)]
+    units = [square**-0.5 if square > 0 else 0.0 for square in units]
+    g, *rows = ([value * unit for value, unit in zip(row, units, strict=True)] for row in products)
+    gram, changes = (
+        [[value * unit for value in row] for row, unit in zip(part, units, strict=True)]
+        for part in (rows[::2], rows[1::2])
+    )
+    small = torch.tensor([*gram, *changes, g, rows[0]], dtype=torch.float64, device="cpu")
+    squares, vectors = torch.linalg.eigh(small[:known])
+    values = squares.tolist()
+    first = sum(square <= shortest * values[-1] for square in values)
+    if first == known:
+        return None
+    basis = vectors[:, first:] * squares[first:].rsqrt()
+    seen = small[known:] @ basis
+    hessian = basis.T @ seen[:known]
+    twice, turns = torch.linalg.eigh(hessian + hessian.T)
+    entries = hessian.tolist()
+    slope, newest = (seen[known:] @ turns).tolist()
+    return _Axes(
+        ways=[[value * unit for value in row] for row, unit in zip((basis @ turns).tolist(), units, strict=True)],
+        curvatures=[value / 2 for value in twice.tolist()],
+        asymmetry=max(abs(entries[i][j] - entries[j][i]) for i in range(len(entries)) for j in range(i + 1)),
+        slope=slope,
+        newest=newest,
+    )
 
 
 def _trust_region(values: list[float], g: list[float], rho: float) -> list[float]:
