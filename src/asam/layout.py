@@ -1,5 +1,7 @@
 """How tensors lie in memory: several end to end, one without gaps, and back where they were."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
@@ -13,8 +15,8 @@ def laid_out(tensors: list[Tensor]) -> Tensor:
     return end_to_end
 
 
-def views(end_to_end: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The tensors that :func:`laid_out` has laid end to end."""
+def views(end_to_end: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """A tensor in which others lie end to end as tensors of their shapes, without a copy."""
     return list(_unflatten_dense_tensors(end_to_end, like))  # type: ignore[no-untyped-call]
 
 

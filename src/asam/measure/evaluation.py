@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..closures import has_reentrant_checkpoint
+from ..layout import views
 from ..perturbation import Buffers, copies, forget_weights, run_at
 from .arithmetic import Arithmetic
 from .batches import Piece
@@ -328,12 +329,6 @@ def all_of(params: Sequence[Tensor]) -> Tensor:
     for param in params:
         dtype = torch.promote_types(dtype, param.dtype)
     return torch.zeros((), dtype=dtype, device=params[0].device).expand(sum(param.numel() for param in params))
-
-
-def views(vector: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    """A vector of all parameters as a tensor for each, of its shape, without a copy."""
-    parts = torch.split(vector, [param.numel() for param in params])
-    return [part.view_as(param) for part, param in zip(parts, params, strict=True)]
 
 
 def _check_means(others: object) -> None:

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_rho
 from ..geometry import Geometry
+from ..layout import views
 from ..parameters import check_model, selected_parameters
 from .batches import pieces_of
 from .draws import RandomStates
-from .evaluation import Evaluation, Result, all_of, views
+from .evaluation import Evaluation, Result, all_of
 
 BATCHNORM = ("eval", "train")
 FEW = 2**12  # elements of which a copy costs nothing

@@ -86,7 +86,7 @@ class Path:
         before = self._newest or self._origin
         step = point.u - before.u
         # the trapezoid rule is exact for a quadratic; 2 % and rounding are allowed
-        trapezoid = 0.5 * (float(step @ before.gradient) + float(step @ point.gradient))
+        trapezoid = 0.5 * (float(torch.dot(step, before.gradient)) + float(torch.dot(step, point.gradient)))
         change = point.value - before.value
         rounding = 4 * torch.finfo(point.u.dtype).eps * abs(point.value)
         smooth = abs(change - trapezoid) <= 0.02 * abs(change) + rounding
