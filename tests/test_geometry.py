@@ -74,6 +74,23 @@ def test_maximizer_is_the_papers(setting):
 
 
 @pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("normalization", ["elementwise", "filterwise", "none"])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float64])
+def test_gradients_of_another_precision_are_neither_rounded_nor_written_to(kind, normalization):
+    params, grads = mappings(0, torch.float32), mappings(1)
+    grads = {name: (1e-6 * grad).to(kind) for name, grad in grads.items()}  # what float16 holds in a few bits
+    before = {name: grad.clone() for name, grad in grads.items()}
+
+    e = Geometry(normalization).maximizer(params, grads, RHO)
+
+    assert_same(grads, before)
+    exact = [{name: tensor.double() for name, tensor in tensors.items()} for tensors in (params, grads)]
+    expected = Geometry(normalization).maximizer(*exact, RHO)
+    for name, value in e.items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=2e-6, atol=0)
+
+
+@pytest.mark.usefixtures("block")
 @pytest.mark.parametrize("setting", SETTINGS, ids=label)
 def test_what_asam_applies_is_the_papers(setting):
     model, closure = shapes_problem()

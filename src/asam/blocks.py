@@ -23,6 +23,7 @@ from .kernels import (
     measured_and_copied,
     move_,
     moved,
+    multiplied,
     rounded,
     scaled_squares,
     wide,
@@ -171,6 +172,7 @@ class Block:
         self._target = self._param if in_place else laid_out(self.targets)
         # computed in; what is in half precision in float32
         self._dtype = torch.float32 if self._param.dtype in HALF else self._param.dtype
+        self._times: Tensor | None = None  # T, once the gradient has become T g
         self._saved: list[Tensor] = []
         self._spare: Tensor | None = None
         self._stochastic = execution.stochastic and self._param.dtype in HALF
@@ -186,6 +188,8 @@ class Block:
 
     def _scale(self) -> tuple[Tensor | None, float | None]:
         """What the kernels take for T: a tensor, to be written to, or eta for |w| + eta; neither for 1."""
+        if self._times is not None:
+            return None, None
         size = self._param.numel()
         if self._elementwise == size:
             return None, self._eta
@@ -207,7 +211,15 @@ class Block:
         """The sum of (T g)^2, which may have under- or overflowed; None where it cannot be had at once."""
         if self._order is not None or not self._param.is_cpu:
             return None
-        total = scaled_squares(self._param, self._grad, *self._scale())
+        if len(self.targets) > 1 and self._grad.dtype == self._dtype == self._param.dtype:
+            # the gradient is a copy, to be written to
+            scale, eta = self._scale()
+            self._times = scale if eta is None else self._param.abs().add_(eta)
+            if self._times is not None:
+                self._grad.mul_(self._times)
+            total = torch.dot(self._grad, self._grad)
+        else:
+            total = scaled_squares(self._param, self._grad, *self._scale())
         return total.item() if type(total) is Tensor else None  # a fake of a tracer has none
 
     def unit_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
@@ -229,7 +241,11 @@ class Block:
         if len(self.targets) == 1 and not self._stochastic:
             self._run(move_, *arguments)
             return
-        values = self._run(moved, *arguments)
+        if self._times is None:
+            values = self._run(moved, *arguments)
+        else:
+            values = multiplied(self._target, self.sign, self._grad, self._times, self._factors())
+            self._times = None
         if self._stochastic:
             values = rounded(values, self._target.dtype)
         if len(self.targets) == 1:

@@ -128,6 +128,13 @@ def moved(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> Ten
     return torch.addcmul(base, e, scale, value=sign * number)
 
 
+def multiplied(base: Tensor, sign: int, scaled: Tensor, scale: Tensor, factors: Sequence[Tensor] | float) -> Tensor:
+    """What :func:`moved` returns for q = 2, from T g and T, which are written to."""
+    if isinstance(factors, float):
+        return torch.addcmul(base, scaled, scale, value=sign * factors)
+    return torch.addcmul(base, scaled.mul_(factors[0]), scale.mul_(factors[0]), value=sign)
+
+
 def move_(base: Tensor | None, sign: int, param: Tensor, *arguments: Any) -> None:
     """Put what :func:`moved` returns in the base's place."""
     base = param if base is None else base
