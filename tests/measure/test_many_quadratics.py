@@ -81,6 +81,8 @@ def test_share_of_the_exact_maximum(kind, dtype, rounding):
         ("hard case", 119, torch.float64),  # only the noise of the first step has a part along the steepest way up
         ("one way up, almost critical", 118, torch.float64),  # three directions hold too little
         ("one flat way up", 3217, torch.float32),  # the directions are close to each other
+        ("one flat way up", 8095, torch.float32),  # six directions hold too little
+        ("one flat way up", 8384, torch.float64),
     ],
 )
 def test_quadratics_that_are_hard(kind, seed, dtype):

@@ -13,6 +13,7 @@ from .vectors import norm
 
 BLOCK = 2**16  # elements of a row: thirteen rows of them stay in a core's cache
 ROWS = 6  # offsets that are kept
+MORE_ROWS, FEW = 24, 2**12  # of vectors of up to so many elements, where more of them cost little
 SHORT = 100  # roundings that a direction's squared length must be above, or rounding has tilted the direction
 # How far from symmetric the Hessian on a span may be, in units of its largest eigenvalue: rounding adds up from maximum
 # to maximum, and changes of curvature show.
@@ -65,16 +66,17 @@ class Path:
         self._origin = origin
         # the gradient at the origin, then the rows of S and Y in turns: what is known is one matrix, and its products
         # with the rows of S are all that a quadratic needs
-        self._rows = origin.u.new_zeros(1 + 2 * ROWS, len(origin.u))
+        self._most = MORE_ROWS if len(origin.u) <= FEW else ROWS  # rows of S
+        self._rows = origin.u.new_zeros(1 + 2 * self._most, len(origin.u))
         self._rows[0] = origin.gradient
         self._offsets, self._changes = self._rows[1::2], self._rows[2::2]
         self._newest: Point | None = None
         self._maximum: Maximum | None = None
         self._smooth: list[bool] = []
         self._symmetric = True  # whether H was, when the last maximum was computed
-        self._known = 0  # rows of S
+        self._known = 0  # rows of S there are
         self._ways = 0  # that were put into the rows from the third on, one after the other
-        self._products = [[0.0] * ROWS for _ in range(1 + 2 * ROWS)]
+        self._products = [[0.0] * self._most for _ in range(1 + 2 * self._most)]
 
     def restart(self, point: Point) -> None:
         """Forget all points but this one."""
@@ -100,7 +102,7 @@ class Path:
         if earlier and self._is_smooth():
             torch.sub(earlier.u, point.u, out=self._offsets[1])
             torch.sub(earlier.gradient, point.gradient, out=self._changes[1])
-            self._known = min(2 + self._ways, ROWS)
+            self._known = min(2 + self._ways, self._most)
 
     def _is_smooth(self) -> bool:
         """Whether the function was quadratic on the last two steps."""
@@ -154,11 +156,11 @@ class Path:
         self._ways += 1
         row = self._last_row()
         for rows in self._offsets, self._changes:
-            rows[row] = rows[1] if self._known < ROWS else rows[1:].T @ rows.new_tensor([way - newest, *earlier])
+            rows[row] = rows[1] if self._known < self._most else rows[1:].T @ rows.new_tensor([way - newest, *earlier])
 
     def _last_row(self) -> int:
         """The row that was put among the ways last."""
-        return 2 + (self._ways - 1) % (ROWS - 2)
+        return 2 + (self._ways - 1) % (self._most - 2)
 
     def _multiplied(self, newest: Point, known: int) -> list[list[float]]:
         """The products of g and of the rows of S and Y, in turns, with those of S, where the newest point is put first.
