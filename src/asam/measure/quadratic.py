@@ -215,8 +215,8 @@ def _axes(products: list[list[float]], shortest: float) -> _Axes | None:
     operations of torch: between two passes, which have filled the caches, each takes a while.
     """
     known = len(products[0])
-    units = [products[1 + 2 * i][i] for i in range(known)]
-    units = [square**-0.5 if square > 0 else 0.0 for square in units]
+    lengths = [products[1 + 2 * i][i] for i in range(known)]  # squared
+    units = [length**-0.5 if length > 0 else 0.0 for length in lengths]
     g, *rows = ([value * unit for value, unit in zip(row, units, strict=True)] for row in products)
     gram, changes = (
         [[value * unit for value in row] for row, unit in zip(part, units, strict=True)]
