@@ -33,6 +33,7 @@ check: $(READY)  ## format, lint, types
 coverage: $(READY)  ## branches that the suite takes, what it starts included: all of the core, nine in ten of the rest
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest -m "not slow"
+	$(BIN)/coverage run -m pytest tests/distributed/test_directions_distributed.py  # is slow
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --include 'src/asam/*.py' --fail-under 100
 	$(BIN)/coverage report --omit 'src/asam/*.py' --fail-under 90
