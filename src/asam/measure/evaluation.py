@@ -239,12 +239,11 @@ class Evaluation:
             return self._call(piece)
 
     def _call(self, piece: Piece) -> tuple[Tensor, Mapping[str, Any]]:
-        result = self._loss_fn(self._model, piece.batch)
+        loss = self._loss_fn(self._model, piece.batch)
         others: Mapping[str, Any] = {}
-        if isinstance(result, tuple) and len(result) == 2:
-            result, others = result
+        if isinstance(loss, tuple) and len(loss) == 2:
+            loss, others = loss
             _check_means(others)
-        loss = result
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             raise ValueError(
                 f"loss_fn must return the mean loss of the batch, a real scalar tensor, got {_described(loss)}"
