@@ -82,10 +82,12 @@ ONE_BY_ONE = pytest.mark.skipif(not hasattr(torch, "_foreach_clone"), reason="th
 def test_operations_for_160_tensors(make, layers):
     every = ours(MAKERS[make], layers)
     names = [name for name in every if name not in VIEWS]
-    assert 0 < len(names) <= 50, names
-    # two to lay weights and gradients end to end, and two for the view of the copy
-    assert len(every) - len(names) <= 4 * 160 + 10
-    # on the CPU: the norm of a block and the factor of its move, to see whether they may be used as they are
+    # two blocks, of 8 x 8 and of 8, for each of which p = 1.5 takes most
+    assert 0 < len(names) <= 75, names
+    # with biases fixed there are 40 of each, too few for a block of one shape: they are laid end to end one by one
+    one_by_one = make == "ASAM weights" and layers is normalized_layers
+    assert len(every) - len(names) <= (6 * 80 + 10 if one_by_one else 15)
+    # on the CPU: the norm of each block, to see whether it may be used as it is
     assert sum(name in SYNCHRONIZING for name in names) <= 2
 
 

@@ -8,6 +8,7 @@ Nothing here reads a value back from an accelerator.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -41,39 +42,45 @@ COMPILED_BLOCK = 2**20
 # A tensor of more elements than this part of a block is one of its own: to lay it beside others would take longer than
 # it saves. Compiled code has more work for those.
 ALONE, COMPILED_ALONE = 16, 32
-# Elements in a tensor that take as long to copy three times as a view of it takes to make.
-FEW = 2**12
+# Small tensors of one shape from which on they make blocks of their own, where all of them are one tensor with one more
+# dimension: a view of each takes a third of the time then, and a block some ten operations more.
+MANY = 64
 # Blocks of fewer elements gain nothing from being compiled for.
 COMPILED_FROM = 2**15
 # A sum of squares between these has neither under- nor overflowed in float32, but for what is nothing beside the rest.
 SMALL, LARGE = 1e-20, 1e20
 
 
-class Piece(NamedTuple):
-    """A parameter or a slice of one, with its gradient, its target and its scale (None where it is |w| + eta or 1)."""
+class Pieces(NamedTuple):
+    """Parameters, or slices of one, with their gradients, targets and scales (None where it is |w| + eta or 1)."""
 
-    param: Tensor
-    grad: Tensor
-    target: Tensor
-    scale: Tensor | None
-    elementwise: bool
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    targets: Sequence[Tensor]
+    scales: Sequence[Tensor | None]
+    elementwise: Sequence[bool]
 
-    def part(self, index: int | slice) -> "Piece":
-        """The row or the rows of that index."""
-        scale = None if self.scale is None else self.scale[index]
-        param = self.param[index]
-        target = param if self.target is self.param else self.target[index]
-        return Piece(param, self.grad[index], target, scale, self.elementwise)
+    def of(self, places: Sequence[int]) -> "Pieces":
+        """Those of these places."""
+        columns: list[Any] = [list(map(column.__getitem__, places)) for column in self]
+        return Pieces(*columns)
 
-    def apart_from(self, moving: set[int | None]) -> "Piece":
-        """With copies of a gradient and a scale in memory that moves, perhaps before this one."""
-        grad = self.grad.clone() if storage(self.grad) in moving else self.grad
-        scale = self.scale.clone() if self.scale is not None and storage(self.scale) in moving else self.scale
-        return self._replace(grad=grad, scale=scale)
+    def apart_from(self, moving: set[int | None]) -> "Pieces":
+        """With copies of gradients and scales in memory that moves, perhaps before this one."""
+        grads = [grad.clone() if storage(grad) in moving else grad for grad in self.grads]
+        scales = [scale.clone() if scale is not None and storage(scale) in moving else scale for scale in self.scales]
+        return self._replace(grads=grads, scales=scales)
 
-    def cut(self, limit: int) -> "Iterator[Piece]":
-        """Slices along the first dimension, further in where a single row is larger than the limit."""
-        length, size = self.param.shape[0], self.param.numel()
+    def part(self, index: int | slice) -> "Pieces":
+        """Of one piece the row or the rows of that index."""
+        (param, grad, target, scale, elementwise), *_ = zip(*self, strict=True)
+        rows = param[index]
+        targets = rows if target is param else target[index]
+        return Pieces([rows], [grad[index]], [targets], [None if scale is None else scale[index]], [elementwise])
+
+    def cut(self, limit: int) -> "Iterator[Pieces]":
+        """One piece in slices along the first dimension, further in where a single row is larger than the limit."""
+        length, size = len(self.params[0]), self.params[0].numel()
         if size > limit * length:
             for row in range(length):
                 yield from self.part(row).cut(limit)
@@ -84,40 +91,56 @@ class Piece(NamedTuple):
                 yield self.part(slice(start, start + rows))
 
 
-def packed(pieces: list[Piece], eta: float, execution: "Execution") -> "list[Block]":
-    """Blocks of one device and dtype each, of no more elements than the limit. ``pieces`` is emptied."""
+def packed(pieces: Pieces, places: Sequence[int], eta: float, execution: "Execution") -> "list[Block]":
+    """Blocks of those in these places, of one device and dtype each, of no more elements than the limit.
+
+    In these places are those with T = |w| + eta first, then those with scales of their own, then those with T = 1.
+    """
     blocks: list[Block] = []
-    targets = [piece.target for piece in pieces]
-    groups: dict[tuple[torch.device, torch.dtype], list[Piece]] = {}
-    for piece in pieces:
-        groups.setdefault((piece.param.device, piece.param.dtype), []).append(piece)
-    pieces.clear()
-    parts: list[list[Piece]] = []
-    for (device, _), members in groups.items():
-        limit, alone = _limits(device, execution.compile)
-        small, room = list[Piece](), 0
-        for piece in members:
-            size = piece.param.numel()
-            if size > limit:
-                parts.extend([part] for part in piece.cut(limit))
-            elif size > alone:
-                parts.append([piece])
-            else:
-                if size > room:
-                    small, room = [], limit
-                    parts.append(small)
-                small.append(piece)
-                room -= size
-    groups.clear()
-    parts.reverse()
     moving: set[int | None] = set()
-    while parts:
-        part = parts.pop()
-        if len(part) == 1 or any(piece.scale is not None for piece in part):  # the others are copied in any case
-            moving = moving or set(map(storage, targets))
-            part = [piece.apart_from(moving) for piece in part]
-        blocks.append(Block(part, eta, execution))
+    for members, limit in _together(pieces.params, places, execution.compile):
+        whole = pieces.of(members)
+        for part in whole.cut(limit) if whole.params[0].numel() > limit else [whole]:
+            # what lies end to end is a copy in any case, but for scales
+            if len(part.params) == 1 or part.scales.count(None) < len(part.scales):
+                moving = moving or set(map(storage, pieces.targets))
+                part = part.apart_from(moving)
+            blocks.append(Block(part, eta, execution))
     return blocks
+
+
+def _together(params: Sequence[Tensor], places: Sequence[int], compile: bool) -> Iterator[tuple[list[int], int]]:
+    """The places of those that go into a block together, and its limit: large ones alone, many of one shape apart.
+
+    Those without elements go into none.
+    """
+    groups: dict[tuple[torch.device, torch.dtype], dict[torch.Size, list[int]]] = {}
+    for place in places:
+        param = params[place]
+        groups.setdefault((param.device, param.dtype), {}).setdefault(param.shape, []).append(place)
+    for (device, _), shapes in groups.items():
+        limit, alone = _limits(device, compile)
+        few: dict[int, int] = {}  # with the size of each
+        for shape, alike in shapes.items():
+            size = shape.numel()
+            if size > alone:
+                yield from (([place], limit) for place in alike)
+            elif size and len(alike) >= MANY:
+                most = limit // size
+                yield from ((alike[start : start + most], limit) for start in range(0, len(alike), most))
+            elif size:
+                few.update(dict.fromkeys(alike, size))
+        together, room = list[int](), limit
+        for place in places if few else ():
+            size = few.get(place, 0)
+            if size > room:
+                yield together, limit
+                together, room = [], limit
+            if size:
+                together.append(place)
+                room -= size
+        if together:
+            yield together, limit
 
 
 def _limits(device: torch.device, compile: bool) -> tuple[int, int]:
@@ -156,25 +179,23 @@ class Block:
     sign: int
     factors: tuple[Any, ...] | float
 
-    def __init__(self, pieces: list[Piece], eta: float, execution: Execution) -> None:
-        # those with T = |w| + eta first, then those with a scale of their own, then those with T = 1
-        elementwise = [piece for piece in pieces if piece.elementwise]
-        own = [piece for piece in pieces if piece.scale is not None]
-        ones = [piece for piece in pieces if piece.scale is None and not piece.elementwise]
-        params, grads, targets, scales, _ = zip(*elementwise, *own, *ones, strict=True)
+    def __init__(self, pieces: Pieces, eta: float, execution: Execution) -> None:
+        params, grads, targets, scales, elementwise = pieces
         self.targets = list(targets)
+        shapes = {param.shape for param in params}
+        self._shape = shapes.pop() if len(shapes) == 1 else None
         self._eta = eta
-        self._elementwise = sum([piece.param.numel() for piece in elementwise])
-        self._own = laid_out([scale for scale in scales if scale is not None]) if own else None
-        self._param = laid_out(list(params))
-        self._grad = laid_out(list(grads))
-        in_place = all(map(is_, targets, params))
-        self._target = self._param if in_place else laid_out(self.targets)
+        self._elementwise = sum(map(Tensor.numel, compress(params, elementwise)))
+        own = [scale for scale in scales if scale is not None]
+        self._own = laid_out(own) if own else None
+        self._param = laid_out(params, self._shape)
+        self._grad = laid_out(grads, self._shape)
+        in_place = all(map(is_, self.targets, params))
+        self._target = self._param if in_place else laid_out(self.targets, self._shape)
         # computed in; what is in half precision in float32
         self._dtype = torch.float32 if self._param.dtype in HALF else self._param.dtype
         self._times: Tensor | None = None  # T, once the gradient has become T g
         self._saved: list[Tensor] = []
-        self._spare: Tensor | None = None
         self._stochastic = execution.stochastic and self._param.dtype in HALF
         self._order = None
         if execution.compile and in_place and self._param.numel() > COMPILED_FROM:
@@ -250,20 +271,13 @@ class Block:
             values = rounded(values, self._target.dtype)
         if len(self.targets) == 1:
             self._target.copy_(values)
-        elif self._saved and self._target.numel() < FEW * len(self.targets):
-            # to make views is what takes long for many tiny tensors: those of the copy serve to write w + e too
-            self._spare = self._target.clone()
-            self._target.copy_(values)
-            torch._foreach_copy_(self.targets, self._saved)
-            self._target.copy_(self._spare)
-            self._spare = None
         else:
-            torch._foreach_copy_(self.targets, views(values, self.targets))
+            torch._foreach_copy_(self.targets, views(values, self.targets, self._shape))
 
     def keep(self) -> None:
         """Have the targets, which are the parameters, as they are now for :meth:`put_back`."""
         if len(self.targets) > 1:
-            self._saved = views(self._target, self.targets)
+            self._saved = views(self._target, self.targets, self._shape)
         elif not self._saved:
             self._saved = [self._target.clone()]
 
@@ -275,8 +289,6 @@ class Block:
 
     def put_back(self) -> list[Tensor]:
         """Make the targets what they were again, and return those whose shape had to be put back first."""
-        if self._spare is not None:
-            self._target.copy_(self._spare)
         return put_back(self.targets, self._saved)
 
 

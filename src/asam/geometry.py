@@ -12,15 +12,14 @@ Source: Kwon et al., ASAM, ICML 2021, arXiv:2102.11600.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .blocks import AS_IT_STANDS, Block, Execution, Piece, dual_norm, factors_of, packed
+from .blocks import AS_IT_STANDS, Block, Execution, Pieces, dual_norm, factors_of, packed
 from .checks import check_choice, check_number, check_rho
 from .kernels import HALF, factors
 from .native import NativeBlock, block_of, is_for
@@ -249,19 +248,17 @@ class Geometry:
         execution: Execution,
     ) -> list[Block | NativeBlock]:
         """Blocks of the parameters that move, with their scales where those are neither |w| + eta nor 1."""
-        columns: list[Sequence[Any]] = [kinds, params, grads, params if targets is None else targets, scales]
+        places: Iterable[int] = range(len(params))
         native: NativeBlock | None = None
         if execution.compile and targets is None and is_for(q):
             adaptive = [True if kind == "elementwise" else False if kind == "none" else None for kind in kinds]
-            native, others = block_of(adaptive, params, grads, self.eta)
-            columns = [[column[i] for i in others] for column in columns]
-        pieces = [
-            Piece(param, grad, target, scale, kind == "elementwise")
-            for kind, param, grad, target, scale in zip(*columns, strict=True)
-            if kind != "fixed" and param.numel()
-        ]
-        del columns
-        blocks = packed(pieces, self.eta, execution)
+            native, places = block_of(adaptive, params, grads, self.eta)
+        elementwise = [kind == "elementwise" for kind in kinds]
+        ordered = [place for place in places if elementwise[place]]
+        ordered += [place for place in places if kinds[place] not in WITHOUT_SCALE]
+        ordered += [place for place in places if kinds[place] == "none"]
+        goals = params if targets is None else targets
+        blocks = packed(Pieces(params, grads, goals, scales, elementwise), ordered, self.eta, execution)
         return [*([] if native is None else [native]), *blocks]
 
     def _cut_shards(
