@@ -8,7 +8,7 @@ Nothing here reads a value back from an accelerator.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import chain, compress
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -114,33 +114,40 @@ def _together(params: Sequence[Tensor], places: Sequence[int], compile: bool) ->
 
     Those without elements go into none.
     """
-    groups: dict[tuple[torch.device, torch.dtype], dict[torch.Size, list[int]]] = {}
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for place in places:
         param = params[place]
-        groups.setdefault((param.device, param.dtype), {}).setdefault(param.shape, []).append(place)
-    for (device, _), shapes in groups.items():
+        groups.setdefault((param.device, param.dtype), []).append(place)
+    for (device, _), group in groups.items():
         limit, alone = _limits(device, compile)
-        few: dict[int, int] = {}  # with the size of each
-        for shape, alike in shapes.items():
-            size = shape.numel()
-            if size > alone:
-                yield from (([place], limit) for place in alike)
-            elif size and len(alike) >= MANY:
-                most = limit // size
+        if len(group) >= MANY:
+            many = _many_alike(params, group, alone)
+            for alike in many:
+                most = limit // params[alike[0]].numel()
                 yield from ((alike[start : start + most], limit) for start in range(0, len(alike), most))
+            apart = set(chain(*many))
+            group = [place for place in group if place not in apart]
+        few, room = list[int](), limit
+        for place in group:
+            size = params[place].numel()
+            if size > alone:
+                yield [place], limit
             elif size:
-                few.update(dict.fromkeys(alike, size))
-        together, room = list[int](), limit
-        for place in places if few else ():
-            size = few.get(place, 0)
-            if size > room:
-                yield together, limit
-                together, room = [], limit
-            if size:
-                together.append(place)
+                if size > room:
+                    yield few, limit
+                    few, room = [], limit
+                few.append(place)
                 room -= size
-        if together:
-            yield together, limit
+        if few:
+            yield few, limit
+
+
+def _many_alike(params: Sequence[Tensor], group: Sequence[int], alone: int) -> list[list[int]]:
+    """The small ones of which there are many of one shape, by shape."""
+    shapes: dict[torch.Size, list[int]] = {}
+    for place in group:
+        shapes.setdefault(params[place].shape, []).append(place)
+    return [alike for shape, alike in shapes.items() if len(alike) >= MANY and 0 < shape.numel() <= alone]
 
 
 def _limits(device: torch.device, compile: bool) -> tuple[int, int]:
