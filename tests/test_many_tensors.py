@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from slow_reference import assert_near, assert_same, maximizer, weights
+from slow_reference import assert_near, assert_same, gradients, maximizer, weights
 from torch import nn
 
 from asam import ASAM, Geometry, blocks
@@ -16,23 +16,27 @@ def shifted(w):
     return w.abs() + 1
 
 
-class Layers(nn.Module):
-    """Enough layers of two shapes, in memory in one order and the other, and a few of others."""
+# in memory, of one weight after the other
+ROWS, CHANNELS = torch.contiguous_format, torch.channels_last
 
-    def __init__(self, dtype=torch.float64):
+
+class Layers(nn.Module):
+    """Enough layers of two shapes, and a few of others."""
+
+    def __init__(self, dtype=torch.float64, orders=(ROWS, CHANNELS), grad_orders=(ROWS, ROWS, CHANNELS)):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
 
-        def tensor(*shape, order=torch.contiguous_format):
+        def tensor(*shape, order=ROWS):
             values = torch.randn(shape, generator=generator, dtype=torch.float64)
             return values.to(dtype).contiguous(memory_format=order)
 
-        orders = [torch.contiguous_format, torch.channels_last]
         self.layers = nn.ModuleList(nn.Module() for _ in range(blocks.MANY + 5))
         for i, layer in enumerate(self.layers):
-            layer.weight = nn.Parameter(tensor(3, 2, 2, 2, order=orders[i % 2]))
+            layer.weight = nn.Parameter(tensor(3, 2, 2, 2, order=orders[i % len(orders)]))
             layer.bias = nn.Parameter(tensor(3))
-            layer.weight.grad, layer.bias.grad = tensor(3, 2, 2, 2, order=orders[i % 3 == 0]), tensor(3)
+            layer.weight.grad = tensor(3, 2, 2, 2, order=grad_orders[i % len(grad_orders)])
+            layer.bias.grad = tensor(3)
         self.square, self.last, self.empty = (nn.Parameter(tensor(*shape)) for shape in ((4, 4), (5,), (0,)))
         self.square.grad, self.last.grad, self.empty.grad = tensor(4, 4).t(), tensor(5), tensor(0)
 
@@ -63,6 +67,46 @@ def test_the_perturbation_is_the_papers(normalization, p, bias):
     before, grads, there = moved(Layers(), **setting)
     e = maximizer(before, grads, RHO, **setting)
     assert_near(there, {name: w + e[name] for name, w in before.items()})
+
+
+@pytest.mark.usefixtures("block")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("grad_order", [ROWS, CHANNELS])
+@pytest.mark.parametrize("order", [ROWS, CHANNELS])
+def test_any_order_in_memory(order, grad_order, compiled):
+    model = Layers(orders=[order], grad_orders=[grad_order])
+    before, grads, there = moved(model, compile=compiled)
+    e = maximizer(before, grads, RHO)
+    assert_near(there, {name: w + e[name] for name, w in before.items()})
+    assert all(layer.weight.is_contiguous(memory_format=order) for layer in model.layers)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("grad_order", [torch.contiguous_format, torch.channels_last_3d])
+def test_two_of_five_dimensions(order, grad_order):
+    generator = torch.Generator().manual_seed(0)
+    params, grads = (
+        {name: torch.randn(2, 3, 2, 2, 2, generator=generator, dtype=torch.float64) for name in ("a", "b")}
+        for _ in range(2)
+    )
+    expected = maximizer(params, grads, RHO)
+    params = {name: param.contiguous(memory_format=order) for name, param in params.items()}
+    grads = {name: grad.contiguous(memory_format=grad_order) for name, grad in grads.items()}
+    assert_near(Geometry().maximizer(params, grads, RHO), expected)
+
+
+def test_images_in_channels_last():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(2))).double()
+    inputs = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+
+    def step(images):
+        ASAM(model, rho=RHO).backward(lambda: model(images).square().mean())
+        found = gradients(model)
+        model.zero_grad()
+        return found
+
+    assert_near(step(inputs.to(memory_format=CHANNELS)), step(inputs), rtol=1e-10)
 
 
 @pytest.mark.usefixtures("block")

@@ -62,7 +62,13 @@ def test_vmap(rows):
 
 
 @pytest.mark.parametrize(
-    "traced", [torch.jit.trace, lambda function, inputs: make_fx(function)(*inputs)], ids=["jit.trace", "make_fx"]
+    "traced",
+    [
+        torch.jit.trace,
+        lambda function, inputs: make_fx(function)(*inputs),
+        lambda function, inputs: make_fx(function, tracing_mode="symbolic")(*inputs),
+    ],
+    ids=["jit.trace", "make_fx", "make_fx of any shape"],
 )
 def test_traced_once_it_serves_for_other_numbers(traced, rows):
     weight, grad, other = rows

@@ -52,7 +52,10 @@ SMALL, LARGE = 1e-20, 1e20
 
 
 class Pieces(NamedTuple):
-    """Parameters, or slices of one, with their gradients, targets and scales (None where it is |w| + eta or 1)."""
+    """Parameters or slices of them, with their gradients, targets and scales.
+
+    A scale is None where it is |w| + eta, which ``elementwise`` tells, or 1.
+    """
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
@@ -61,7 +64,7 @@ class Pieces(NamedTuple):
     elementwise: Sequence[bool]
 
     def of(self, places: Sequence[int]) -> "Pieces":
-        """Those of these places."""
+        """Those at these places."""
         columns: list[Any] = [list(map(column.__getitem__, places)) for column in self]
         return Pieces(*columns)
 
@@ -72,14 +75,14 @@ class Pieces(NamedTuple):
         return self._replace(grads=grads, scales=scales)
 
     def part(self, index: int | slice) -> "Pieces":
-        """Of one piece the row or the rows of that index."""
+        """The row or the rows of that index, of the only parameter that is here."""
         (param, grad, target, scale, elementwise), *_ = zip(*self, strict=True)
         rows = param[index]
         targets = rows if target is param else target[index]
         return Pieces([rows], [grad[index]], [targets], [None if scale is None else scale[index]], [elementwise])
 
     def cut(self, limit: int) -> "Iterator[Pieces]":
-        """One piece in slices along the first dimension, further in where a single row is larger than the limit."""
+        """The only parameter that is here in slices along the first dimension, further in where a row is too large."""
         length, size = len(self.params[0]), self.params[0].numel()
         if size > limit * length:
             for row in range(length):
@@ -92,9 +95,10 @@ class Pieces(NamedTuple):
 
 
 def packed(pieces: Pieces, places: Sequence[int], eta: float, execution: "Execution") -> "list[Block]":
-    """Blocks of those in these places, of one device and dtype each, of no more elements than the limit.
+    """Blocks of those at these places, of one device and dtype each, of no more elements than the limit.
 
-    In these places are those with T = |w| + eta first, then those with scales of their own, then those with T = 1.
+    The places must be those with T = |w| + eta first, then those with scales of their own, then those with T = 1: a
+    :class:`Block` has its parameters in this order.
     """
     blocks: list[Block] = []
     moving: set[int | None] = set()
@@ -189,8 +193,8 @@ class Block:
     def __init__(self, pieces: Pieces, eta: float, execution: Execution) -> None:
         params, grads, targets, scales, elementwise = pieces
         self.targets = list(targets)
-        shapes = {param.shape for param in params}
-        self._shape = shapes.pop() if len(shapes) == 1 else None
+        shapes = {param.shape for param in params} if len(params) > 1 else ()
+        self._shape = params[0].shape if len(shapes) == 1 else None  # that of several, if they have the same
         self._eta = eta
         self._elementwise = sum(map(Tensor.numel, compress(params, elementwise)))
         own = [scale for scale in scales if scale is not None]

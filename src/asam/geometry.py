@@ -12,7 +12,7 @@ Source: Kwon et al., ASAM, ICML 2021, arXiv:2102.11600.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 
@@ -248,7 +248,7 @@ class Geometry:
         execution: Execution,
     ) -> list[Block | NativeBlock]:
         """Blocks of the parameters that move, with their scales where those are neither |w| + eta nor 1."""
-        places: Iterable[int] = range(len(params))
+        places: Sequence[int] = range(len(params))
         native: NativeBlock | None = None
         if execution.compile and targets is None and is_for(q):
             adaptive = [True if kind == "elementwise" else False if kind == "none" else None for kind in kinds]

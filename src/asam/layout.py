@@ -8,17 +8,23 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 
 def laid_out(tensors: Sequence[Tensor], shape: Sequence[int] | None = None) -> Tensor:
-    """One tensor as it is; several end to end, in a new one. ``shape`` is that of each, if all have the same."""
+    """One tensor as it is; several end to end, in a new one. ``shape`` is that of each, if all have the same.
+
+    Their elements are in the order of their indices, in whatever order they lie in memory.
+    """
     if len(tensors) == 1:
         return tensors[0]
     if shape is not None:  # in half the time
-        return torch.stack(list(tensors)).view(-1)
+        return torch.stack(list(tensors)).reshape(-1)  # a copy if all of them are channels_last: then so is the stack
     end_to_end: Tensor = _flatten_dense_tensors(tensors)  # type: ignore[no-untyped-call]
     return end_to_end
 
 
 def views(end_to_end: Tensor, like: Sequence[Tensor], shape: Sequence[int] | None = None) -> list[Tensor]:
-    """A tensor in which others lie end to end as tensors of their shapes, or all of one, without a copy."""
+    """A tensor in which others lie end to end as tensors of their shapes, without a copy.
+
+    ``shape`` is that of each, if all have the same.
+    """
     if shape is not None:  # in a third of the time
         return list(end_to_end.view(len(like), *shape).unbind())
     return list(_unflatten_dense_tensors(end_to_end, like))  # type: ignore[no-untyped-call]
