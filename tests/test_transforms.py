@@ -40,17 +40,15 @@ def derivative_by_level(function, weight, tangent):
         return forward_ad.unpack_dual(function(forward_ad.make_dual(weight, tangent))).tangent
 
 
-def knows_the_derivative_of_a_largest_magnitude():
+@pytest.fixture
+def derivative_of_aminmax():
     try:
         torch.func.jvp(lambda w: torch.aminmax(w).max, (torch.ones(2),), (torch.ones(2),))
     except NotImplementedError:
-        return False
-    return True
+        pytest.skip("this torch has no forward derivative of aminmax")
 
 
-@pytest.mark.skipif(
-    not knows_the_derivative_of_a_largest_magnitude(), reason="this torch has no forward derivative of aminmax"
-)
+@pytest.mark.usefixtures("derivative_of_aminmax")
 @pytest.mark.parametrize(
     "derivative",
     [
