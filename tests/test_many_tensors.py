@@ -140,3 +140,20 @@ def test_a_block_of_many_of_a_shape_has_no_others():
     assert sorted({tuple(sorted(several)) for several in shapes}) == [((3,),), ((3, 2, 2, 2),), ((4, 4), (5,))]
     limit = blocks.CPU_BLOCK * torch.get_num_threads()
     assert max(sum(target.numel() for target in block.targets) for block in found) <= limit
+
+
+@pytest.mark.parametrize("limit", [20, 2**18])
+def test_many_of_a_few_elements_each(limit, monkeypatch):
+    monkeypatch.setattr("asam.blocks.ALONE", 1)
+    monkeypatch.setattr("asam.blocks.CPU_BLOCK", limit)
+    generator = torch.Generator().manual_seed(0)
+    params, grads = (
+        {f"{n}": torch.randn(n, generator=generator, dtype=torch.float64) for n in range(1, 21)} for _ in range(2)
+    )
+    expected = maximizer(params, grads, RHO)
+    with torch.no_grad():
+        found = list(Geometry().blocks(list(params), list(params.values()), list(grads.values()), RHO))
+    sizes = [sum(target.numel() for target in block.targets) for block in found]
+    assert sum(sizes) == 210
+    assert max(sizes) <= limit * torch.get_num_threads()
+    assert_near(Geometry().maximizer(params, grads, RHO), expected)
