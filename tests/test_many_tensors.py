@@ -73,7 +73,10 @@ def test_the_perturbation_is_the_papers(normalization, p, bias):
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("grad_order", [ROWS, CHANNELS])
 @pytest.mark.parametrize("order", [ROWS, CHANNELS])
-def test_any_order_in_memory(order, grad_order, compiled):
+def test_any_order_in_memory(order, grad_order, compiled, monkeypatch):
+    # how compiled code gets its tensors, not what the compiler makes of it, which takes long
+    monkeypatch.setattr("asam.blocks.compiled", lambda kernel: kernel)
+    monkeypatch.setattr("asam.blocks.COMPILED_FROM", 50)
     model = Layers(orders=[order], grad_orders=[grad_order])
     before, grads, there = moved(model, compile=compiled)
     e = maximizer(before, grads, RHO)
@@ -107,16 +110,6 @@ def test_images_in_channels_last():
         return found
 
     assert_near(step(inputs.to(memory_format=CHANNELS)), step(inputs), rtol=1e-10)
-
-
-@pytest.mark.usefixtures("block")
-def test_compiled(monkeypatch):
-    # how compiled code gets its tensors, not what the compiler makes of it, which takes long
-    monkeypatch.setattr("asam.blocks.compiled", lambda kernel: kernel)
-    monkeypatch.setattr("asam.blocks.COMPILED_FROM", 50)
-    before, grads, there = moved(Layers(), compile=True)
-    e = maximizer(before, grads, RHO)
-    assert_near(there, {name: w + e[name] for name, w in before.items()})
 
 
 @pytest.mark.filterwarnings("ignore:weights in .* lose part")

@@ -76,7 +76,7 @@ class Pieces(NamedTuple):
 
     def part(self, index: int | slice) -> "Pieces":
         """The row or the rows of that index, of the only parameter that is here."""
-        (param, grad, target, scale, elementwise), *_ = zip(*self, strict=True)
+        ((param, grad, target, scale, elementwise),) = zip(*self, strict=True)
         rows = param[index]
         targets = rows if target is param else target[index]
         return Pieces([rows], [grad[index]], [targets], [None if scale is None else scale[index]], [elementwise])
