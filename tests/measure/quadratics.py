@@ -70,14 +70,19 @@ def in_units(geometry, values, gradient, seed=0):
 
 
 def highest(hessian, gradient, rho):
-    """The maximum of ``g'u + u'Hu/2`` on ``||u||_2 <= rho``, and a bound that no point of the ball exceeds.
+    """The maximum of ``g'u + u'Hu/2`` on ``||u||_2 <= rho``, and a bound that no point of the ball exceeds."""
+    values, vectors = torch.linalg.eigh(hessian)
+    return highest_along_axes(values, vectors.T @ gradient, rho)
+
+
+def highest_along_axes(values, gradient, rho):
+    """The same for an H of these eigenvalues, from the gradient along the eigenvectors.
 
     It is the minimum over mu > max(lambda_max, 0) of the convex ``mu rho^2/2 + g'(mu I - H)^-1 g/2``, which is
     reached at lambda_max in the hard case and at 0 where the maximum lies inside.
     """
-    values, vectors = torch.linalg.eigh(hessian)
-    c = (vectors.T @ gradient).square()
-    top = max(float(values[-1]), 0.0)
+    c = gradient.square()
+    top = max(float(values.max()), 0.0)
     gaps, c = (top - values)[c > 0], c[c > 0]
     low, high = 0.0, float(gradient.norm()) / rho
     for _ in range(100):
