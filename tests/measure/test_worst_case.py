@@ -107,6 +107,25 @@ def test_diagonal_quadratic_in_a_box(scheme, eta, bias):
     check(result, model.objective(), rho)
 
 
+def test_convex_quadratics_in_a_box():
+    # their maximum is in one of the 2^17 corners, many of which are the highest around
+    corners = 1.0 - 2 * (torch.arange(2**SIZE)[:, None] >> torch.arange(SIZE) & 1).double()
+    geometry, shares = Geometry("none", p=math.inf), []
+    for seed in range(20):
+        model = Quadratic()
+        generator = torch.Generator().manual_seed(seed)
+        factors = torch.randn(SIZE, SIZE, generator=generator, dtype=torch.float64)
+        model.hessian, model.gradient = factors @ factors.T / SIZE, 10 ** (-seed / 5) * normal(seed)
+        exact = (corners @ model.gradient + (corners @ model.hessian * corners).sum(1) / 2).max().item()
+        result = worst_case_sharpness(model.objective(), 1.0, geometry=geometry, steps=50)
+        check(result, model.objective(), 1.0)
+        assert result.evaluations == 50
+        shares.append(result.value / exact)
+    assert max(shares) <= 1 + 1e-9
+    assert min(shares) > 0.8
+    assert sorted(shares)[10] > 0.95
+
+
 @pytest.mark.parametrize(("scheme", "eta", "bias"), BALLS)
 @pytest.mark.parametrize("p", [2, math.inf])
 def test_rank_one_at_a_critical_point(scheme, eta, bias, p):

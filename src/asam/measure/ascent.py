@@ -6,7 +6,7 @@ when too few of them improved, with a momentum of 0.75, and the best point kept.
 is taken at minima, where Auto-PGD is slow: while the function is quadratic along the path, which its values and
 gradients show, momentum and halving are replaced by the exact maximum over conjugate directions; and where the gradient
 hardly counts, the mirrored point is tried once, since a quadratic has its maxima in pairs and only one is the higher
-one.
+one. A box has corners from which no step leads on: an ascent ends in the first one that is its best point.
 """
 
 import math
@@ -99,7 +99,7 @@ def ascend(
     """Climb from ``origin``, the point u = 0, or from a random point, with ``steps`` calls of ``evaluate``.
 
     ``evaluate(u, gradient)`` gives the point at u; the last one is asked for without its gradient. What ``movable``, a
-    boolean vector, holds fixed stays 0.
+    boolean vector, holds fixed stays 0. In a corner of a box it ends earlier: then the history is shorter.
     """
     here = best = origin
     previous = origin.u
@@ -112,6 +112,11 @@ def ascend(
 
     def random() -> Tensor:
         return rho * random_on_sphere(movable, p, generator, origin.u.dtype)
+
+    def onward() -> Tensor:
+        target = project_(climbed(here.u, here, p, length), p, rho)
+        momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
+        return project_(momentum, p, rho)
 
     for step in range(1, steps + 1):
         mirrored = step == steps // 2 + 1 and _is_even(best, origin)
@@ -127,9 +132,12 @@ def ascend(
             u = guess.u if step == steps else climbed(guess.u, guess, p, min(length, guess.reach))
             u = project_(u, p, rho)
         else:
-            target = project_(climbed(here.u, here, p, length), p, rho)
-            momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
-            u = project_(momentum, p, rho)
+            u = onward()
+            while p == math.inf and torch.equal(u, here.u):  # in a corner of the box, which it would not leave
+                if here is best:
+                    return Ascent(best.u, history[-1], tuple(history))
+                here, previous, length = best, best.u, length / 2
+                u = onward()
         point = evaluate(u, step < steps)
         if point.value == math.inf:  # no worse point is to be found
             return Ascent(u, math.inf, (*history, *[math.inf] * (steps - step + 1)))

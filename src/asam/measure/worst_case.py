@@ -9,6 +9,7 @@ An ascent finds a lower bound of the maximum. Sources: Foret et al., arXiv:2010.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -254,22 +255,20 @@ class _Climb:
         """
         if rho == 0:
             return Ascent(self.origin.u, 0.0, (0.0,) * (steps + 1))
-        tries = [
-            ascend(
-                self.evaluate,
-                self.origin,
-                self.ball.scales > 0,
-                p=self.ball.p,
-                rho=rho,
-                steps=steps,
-                generator=generator,
-                random_start=restart > 0,
-            )
-            for restart, generator in enumerate(generators)
-        ]
+        tries = [self._ascent(rho, steps, generator, restart > 0) for restart, generator in enumerate(generators)]
         history = tuple(map(_highest, zip(*(ascent.history for ascent in tries), strict=True)))
         best = max([*tries, smaller] if smaller else tries, key=lambda ascent: _highest((ascent.rise, -math.inf)))
         return Ascent(best.u, best.rise, (*history[:-1], best.rise))
+
+    def _ascent(self, rho: float, steps: int, generator: torch.Generator, random_start: bool) -> Ascent:
+        """An ascent, and where it ends before its last step, others from random points with the rest of them."""
+        climb = partial(ascend, self.evaluate, self.origin, self.ball.scales > 0, p=self.ball.p, rho=rho)
+        ascent = climb(steps=steps, generator=generator, random_start=random_start)
+        while (left := steps + 1 - len(ascent.history)) > 0:
+            more = climb(steps=left, generator=generator, random_start=True)
+            history = (*ascent.history, *(_highest((ascent.rise, rise)) for rise in more.history[1:]))
+            ascent = Ascent(more.u if more.rise > ascent.rise else ascent.u, history[-1], history)
+        return ascent
 
 
 def _highest(rises: Sequence[float]) -> float:
