@@ -2,12 +2,12 @@
 
     python benchmarks/bench.py [--quick] [--large] [--out DIR]
 
-Four measurements: training steps (steps.py), ascent and restore alone (ascent.py), how these grow (growth.py), and
-sharpness (sharpness.py). One thread on one core, CPU time, all variants once in each round, ratios within a round:
-medians and bootstrap 95 % intervals (measure.py). Each table is made by a process of its own, whose memory has no
-past. The row "again" is the yardstick once more: no difference smaller than its interval means anything. The other
-implementations are pytorch_optimizer's SAM with adaptive=True, as it is and with foreach=True, and in the steps
-sam_pytorch's, which is not adaptive.
+Five measurements: training steps (steps.py), those of adapters (adapters.py), ascent and restore alone (ascent.py),
+how these grow (growth.py), and sharpness (sharpness.py). One thread on one core, CPU time, all variants once in each
+round, ratios within a round: medians and bootstrap 95 % intervals (measure.py). Each table is made by a process of its
+own, whose memory has no past. The row "again" is the yardstick once more: no difference smaller than its interval means
+anything. The other implementations are pytorch_optimizer's SAM with adaptive=True, as it is and with foreach=True, and
+in the steps sam_pytorch's, which is not adaptive.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from adapters import measure_adapters
 from ascent import measure_ascent
 from growth import measure_growth
 from measure import hardware, in_a_process_of_its_own, settle
@@ -99,6 +100,7 @@ def main() -> None:
     shares = (1, 1, 1, 3, 4)  # of the last two networks a round takes seconds
     calls: list[Callable[[], list[dict[str, Any]]]] = [
         *(partial(_of_a_network, measure_steps, i, share * budget) for i, share in enumerate(shares)),
+        partial(_of_a_network, measure_adapters, len(networks) - 1, budget),
         *(partial(_of_a_list, i, budget) for i in range(len(lists))),
         partial(measure_growth, budget),
         *(
