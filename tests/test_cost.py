@@ -5,9 +5,10 @@ from collections import Counter
 
 import pytest
 import torch
-from torch import nn
+from torch import is_tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from asam import ASAM, SAM, Geometry, SharpnessAwareOptimizer
 
@@ -96,6 +97,54 @@ def test_list_calls_for_160_tensors(make):
     calls = [name for name in ours(MAKERS[make], plain_layers) if name.startswith("_foreach")]
     assert "_foreach_copy_" in calls
     assert len(calls) <= 16 + 1, calls
+
+
+class Traffic(TorchDispatchMode):
+    """The bytes that operations read and write, whether those come from a cache or not."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("copy_", "_foreach_copy_"):  # what is there is written over, not read
+            self.bytes += 2 * sum(tensor.nbytes for tensor in tree_leaves(args[0]))
+        elif name not in (*VIEWS, "unbind"):
+            read = {(tensor.data_ptr(), tensor.nbytes) for tensor in tree_leaves((args, kwargs)) if is_tensor(tensor)}
+            written = [tensor.nbytes for tensor in tree_leaves(result) if is_tensor(tensor)]
+            self.bytes += sum(size for _, size in read) + sum(written)
+        return result
+
+
+def many_shapes():
+    return nn.Sequential(*(nn.Linear(8 + i % 9, 8 + i % 9) for i in range(80)))
+
+
+def large_layers():
+    return nn.Linear(1000, 1000)
+
+
+@pytest.mark.parametrize(
+    ("make", "layers", "most"),
+    [
+        (ASAM, plain_layers, 20),
+        (ASAM, many_shapes, 20.2),  # T of the biases, which is 1, is written too
+        (ASAM, large_layers, 25),  # in slices that stay in the cache
+        (SAM, plain_layers, 12),
+        (SAM, many_shapes, 12),
+        (SAM, large_layers, 10),
+    ],
+)
+def test_traffic_of_the_way_to_the_perturbed_weights_and_back(make, layers, most):
+    model = layers()
+    asam = make(model)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+    with Traffic() as traffic, asam.perturbed():
+        pass
+    assert 8 < traffic.bytes / size_of(model.parameters()) <= most + 1e-3
 
 
 @pytest.mark.parametrize("normalization", ["elementwise", "filterwise", "layerwise", "none"])
