@@ -255,15 +255,19 @@ def test_no_gradient_anywhere():
 
 @pytest.mark.parametrize("outer", ["backward", "perturbed"])
 @pytest.mark.parametrize("inner", ["backward", "perturbed"])
-def test_nesting_is_refused(outer, inner):
+@pytest.mark.parametrize("same", [True, False])
+def test_nesting_is_refused(outer, inner, same):
     model, closure = shapes_problem()
     asam, before = ASAM(model), weights(model)
+    within = asam if same else SAM(model)
+    asam.backward(closure)  # what a closure may not do is looked at in the first call only
+    within.backward(closure)
 
     def nested():
         if inner == "backward":
-            asam.backward(closure)
+            within.backward(closure)
         else:
-            with asam.perturbed():
+            with within.perturbed():
                 pass
         return closure()
 
@@ -280,6 +284,20 @@ def test_nesting_is_refused(outer, inner):
         run()
     assert_same(weights(model), before)
     asam.backward(closure)
+
+
+def test_nesting_of_different_parameters():
+    model, closure = nn.Linear(2, 1), lambda: model(torch.ones(1, 2)).square().sum()
+    first, second = ASAM(model, params=["weight"], rho=0.1), SAM(model, params=["bias"], rho=0.2)
+    before = weights(model)
+    closure().backward()
+    with first.perturbed():
+        closure().backward()
+        with second.perturbed():
+            moved = {name: (value - before[name]).norm() for name, value in weights(model).items()}
+    assert_same(weights(model), before)
+    assert moved["weight"] > 0
+    assert moved["bias"] == pytest.approx(0.2)
 
 
 def test_replay_needs_backward():

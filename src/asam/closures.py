@@ -57,8 +57,8 @@ def loss_of(closure: Closure) -> Tensor:
     loss = checked(closure())
     if not loss.requires_grad:
         raise RuntimeError(
-            "the closure's loss has no graph: compute it from the model without torch.no_grad() or .detach(), "
-            "with a parameter that requires a gradient"
+            "the closure's loss has no graph: compute it from the model without torch.no_grad(), inference_mode() or "
+            ".detach(), with a parameter that requires a gradient"
         )
     return loss
 

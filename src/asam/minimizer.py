@@ -27,6 +27,9 @@ from .perturbation import RandomState, modules_of, perturbed, run_at, running_st
 from .replicas import Replicas
 from .sharding import Unsharded, check_sharding
 
+# Those whose step or perturbed() block is running.
+_inside: dict[int, "ASAM"] = {}
+
 
 class ASAM:
     """Adaptive Sharpness-Aware Minimization: the gradient at the worst point of the neighborhood of the weights.
@@ -131,7 +134,7 @@ class ASAM:
         if combine is not None and not self._direction.needs_ascent:
             raise ValueError("combine needs the gradient at w, and direction=Momentum(...) takes none")
         self._execution = Execution(compile, rounding == "stochastic")
-        self._active = self._called = False
+        self._called = False
         self._loss_at = "w"
 
     @property
@@ -180,9 +183,10 @@ class ASAM:
         Raises:
             TypeError: a closure is not callable or does not return a tensor.
             ValueError: a loss is not a scalar, or there is no closure.
-            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, the call is nested in another,
-                ``backward`` is given and DistributedDataParallel has ``static_graph``, or it is not and parameters are
-                behind reentrant activation checkpointing or another layer whose backward pass writes ``.grad``.
+            RuntimeError: no perturbed parameter has a gradient, a gradient is sparse, the call is nested in another on
+                the same parameters, ``backward`` is given and DistributedDataParallel has ``static_graph``, or it is
+                not and parameters are behind reentrant activation checkpointing or another layer whose backward pass
+                writes ``.grad``.
 
         The weights are w again afterwards, bit for bit, also if a closure raises.
         """
@@ -301,7 +305,8 @@ class ASAM:
         its pass, forward and backward, ran in ``model.no_sync()``.
 
         Raises:
-            RuntimeError: no perturbed parameter has a gradient, one is sparse, or the call is nested in another.
+            RuntimeError: no perturbed parameter has a gradient, one is sparse, or the call is nested in another on the
+                same parameters.
 
         Example:
             >>> import torch
@@ -367,16 +372,19 @@ class ASAM:
 
     @contextmanager
     def _entered(self) -> Iterator[None]:
-        if self._active:
-            raise RuntimeError(
-                f"the weights are perturbed already: leave perturbed() or the closure of backward() before you call "
-                f"{type(self).__name__} again"
-            )
-        self._active = True
+        if _inside:
+            ours = set(map(id, self._params.values()))
+            for other in list(_inside.values()):  # other threads have theirs
+                if not ours.isdisjoint(map(id, other._params.values())):
+                    raise RuntimeError(
+                        "the weights are perturbed already: leave perturbed() or the closure of backward() before you "
+                        f"call {type(self).__name__} again"
+                    )
         try:
+            _inside[id(self)] = self
             yield
         finally:
-            self._active = False
+            _inside.pop(id(self), None)
 
     def _random_state(self) -> RandomState:
         return RandomState({param.device for param in self._params.values()})
