@@ -24,6 +24,7 @@ from .vectors import largest_magnitude, norm, plus
 MOMENTUM = 0.75
 SUCCESS = 0.75
 NOISE = 3e-2
+ROUNDING = 1e-6  # in units of rho: a way so short is none
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,8 @@ def ascend(
     def random() -> Tensor:
         return rho * random_on_sphere(movable, p, generator, origin.u.dtype)
 
-    def onward() -> Tensor:
-        target = project_(climbed(here.u, here, p, length), p, rho)
-        momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
-        return project_(momentum, p, rho)
+    def uphill() -> Tensor:
+        return project_(climbed(here.u, here, p, length), p, rho)
 
     for step in range(1, steps + 1):
         mirrored = step == steps // 2 + 1 and _is_even(best, origin)
@@ -132,12 +131,14 @@ def ascend(
             u = guess.u if step == steps else climbed(guess.u, guess, p, min(length, guess.reach))
             u = project_(u, p, rho)
         else:
-            u = onward()
-            while p == math.inf and torch.equal(u, here.u):  # in a corner of the box, which it would not leave
+            target = uphill()
+            while p == math.inf and largest_magnitude(target - here.u) <= ROUNDING * rho:  # in a corner
                 if here is best:
                     return Ascent(best.u, history[-1], tuple(history))
                 here, previous, length = best, best.u, length / 2
-                u = onward()
+                target = uphill()
+            momentum = target.mul_(MOMENTUM).add_(here.u, alpha=2 * (1 - MOMENTUM)).sub_(previous, alpha=1 - MOMENTUM)
+            u = project_(momentum, p, rho)
         point = evaluate(u, step < steps)
         if point.value == math.inf:  # no worse point is to be found
             return Ascent(u, math.inf, (*history, *[math.inf] * (steps - step + 1)))
