@@ -71,6 +71,7 @@ class Path:
         self._rows[0] = origin.gradient
         self._offsets, self._changes = self._rows[1::2], self._rows[2::2]
         self._newest: Point | None = None
+        self._earlier: Point | Maximum | None = None  # to which the second row of S leads from the newest point
         self._maximum: Maximum | None = None
         self._smooth: list[bool] = []
         self._symmetric = True  # whether H was, when the last maximum was computed
@@ -97,12 +98,9 @@ class Path:
         if not trusted:
             self._ways = 0
         # without a maximum that can be trusted, the way back to the point before
-        earlier = self._maximum if trusted else self._newest
-        self._newest, self._known = point, 1
-        if earlier and self._is_smooth():
-            torch.sub(earlier.u, point.u, out=self._offsets[1])
-            torch.sub(earlier.gradient, point.gradient, out=self._changes[1])
-            self._known = min(2 + self._ways, self._most)
+        self._earlier = self._maximum if trusted else self._newest
+        self._newest = point
+        self._known = min(2 + self._ways, self._most) if self._earlier and self._is_smooth() else 1
 
     def _is_smooth(self) -> bool:
         """Whether the function was quadratic on the last two steps."""
@@ -172,9 +170,14 @@ class Path:
         sums: Any = 0.0
         for start in range(0, self._rows.shape[1], BLOCK):
             rows = self._rows[: 1 + 2 * known, start : start + BLOCK]
-            rows[1] = newest.u[start : start + BLOCK]
-            torch.sub(newest.gradient[start : start + BLOCK], rows[0], out=rows[2])
+            u, gradient = newest.u[start : start + BLOCK], newest.gradient[start : start + BLOCK]
+            rows[1] = u
+            torch.sub(gradient, rows[0], out=rows[2])
+            if self._earlier and known > 1:
+                torch.sub(self._earlier.u[start : start + BLOCK], u, out=rows[3])
+                torch.sub(self._earlier.gradient[start : start + BLOCK], gradient, out=rows[4])
             sums = sums + torch.stack([rows @ rows[1 + 2 * column] for column in new]).double()
+        self._earlier = None
         products = self._products
         for column, values in zip(new, sums.tolist(), strict=True):
             for row, value in zip(products, values, strict=False):
