@@ -100,7 +100,7 @@ def main() -> None:
     shares = (1, 1, 1, 3, 4)  # of the last two networks a round takes seconds
     calls: list[Callable[[], list[dict[str, Any]]]] = [
         *(partial(_of_a_network, measure_steps, i, share * budget) for i, share in enumerate(shares)),
-        partial(_of_a_network, measure_adapters, len(networks) - 1, budget),
+        partial(_of_a_network, measure_adapters, len(networks) - 1, budget),  # the transformer
         *(partial(_of_a_list, i, budget) for i in range(len(lists))),
         partial(measure_growth, budget),
         *(

@@ -246,6 +246,8 @@ def test_no_gradient_anywhere():
         ASAM(model).perturbed(),
     ):
         raise AssertionError("the block must not run")
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"has no graph: .* inference_mode\(\)"):
+        ASAM(model).backward(closure)
     model.requires_grad_(False)
     with pytest.raises(RuntimeError, match="has no graph"):
         ASAM(model).backward(closure)

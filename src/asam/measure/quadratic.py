@@ -98,9 +98,9 @@ class Path:
         if not trusted:
             self._ways = 0
         # without a maximum that can be trusted, the way back to the point before
-        self._earlier = self._maximum if trusted else self._newest
-        self._newest = point
-        self._known = min(2 + self._ways, self._most) if self._earlier and self._is_smooth() else 1
+        earlier = self._maximum if trusted else self._newest
+        self._newest, self._earlier = point, earlier if self._is_smooth() else None
+        self._known = min(2 + self._ways, self._most) if self._earlier else 1
 
     def _is_smooth(self) -> bool:
         """Whether the function was quadratic on the last two steps."""
@@ -173,7 +173,7 @@ class Path:
             u, gradient = newest.u[start : start + BLOCK], newest.gradient[start : start + BLOCK]
             rows[1] = u
             torch.sub(gradient, rows[0], out=rows[2])
-            if self._earlier and known > 1:
+            if self._earlier:
                 torch.sub(self._earlier.u[start : start + BLOCK], u, out=rows[3])
                 torch.sub(self._earlier.gradient[start : start + BLOCK], gradient, out=rows[4])
             sums = sums + torch.stack([rows @ rows[1 + 2 * column] for column in new]).double()
