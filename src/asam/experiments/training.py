@@ -79,9 +79,13 @@ class Training:
         self,
         epoch_done: Callable[[int, Metrics], None] = lambda epoch, metrics: None,
         step_done: Callable[[], None] = lambda: None,
+        epochs: int | None = None,
     ) -> None:
-        """Train until the end; the functions are called after every step and every epoch, with its metrics."""
-        while self.step < self.steps:
+        """Train until the end, or until so many epochs are over in all.
+
+        The functions are called after every step, and after every epoch that is evaluated, with its metrics.
+        """
+        while self.step < (self.steps if epochs is None else epochs * self.task.steps):
             epoch, begun = divmod(self.step, self.task.steps)
             if not begun:
                 self._epoch_start = self.generator.get_state()

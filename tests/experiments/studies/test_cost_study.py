@@ -13,13 +13,16 @@ SETTINGS = cost.Settings((cost.Part("digits", "digits", "mlp", 0.4, 0.03, 8, (1.
 
 
 def outcomes_of(errors, seconds):
-    """Made-up outcomes: the errors of a method by its label, plus the seed; the middle rho is the best."""
+    """Made-up outcomes: the errors and times of a method by its label; the middle rho is the best."""
     outcomes = {}
     while True:
         planned = cost.STUDY.plan(SETTINGS, outcomes)
         if planned.keys() <= outcomes.keys():
             return outcomes
         for name, run in planned.items():
+            if isinstance(run, cost.Timing):
+                outcomes[name] = seconds
+                continue
             label = name.split("/")[1]
             size = run.momentum_rho or run.rho
             outcomes.setdefault(
@@ -27,7 +30,6 @@ def outcomes_of(errors, seconds):
                 {
                     "test_error": errors[label] + 0.01 * run.seed,
                     "validation_error": abs(size / 2 - 1),
-                    "seconds_per_step": seconds[label],
                 },
             )
 
@@ -75,6 +77,32 @@ def test_gradients_and_time_are_those_of_the_whole_training():
     assert [rows[label][0] for label in cost.ECONOMICAL.values()] == ["1.10", "1.25"]
 
 
+def test_time_is_taken_of_whole_schedules_side_by_side(monkeypatch):
+    part = SETTINGS.parts[0].but(train_size=150, epochs=12, warmup=8)
+    timing = cost.STUDY.plan(cost.Settings((part,), 1), {})["digits/time/seed3"]
+    assert list(timing.runs) == labels()
+    assert {(run.seed, run.epochs, run.warmup) for run in timing.runs.values()} == {(3, 3, 2)}
+    assert timing.runs["ASAM, every 10th step"].every == 10
+    turns = []
+    advance = cost.Training.advance
+
+    def watched(training, epochs):
+        before = training.step
+        advance(training, epochs=epochs)
+        turns.append((training.run, training.step - before))
+
+    monkeypatch.setattr(cost.Training, "advance", watched)
+    seconds = cost.STUDY.perform(timing)
+    assert list(seconds) == labels()
+    assert min(seconds.values()) > 0
+    assert {steps for _, steps in turns} == {3}  # epochs of 150 examples in batches of 50
+    rounds = [[run for run, _ in turns[start : start + len(seconds)]] for start in range(0, len(turns), len(seconds))]
+    assert len(rounds) == 3
+    for turn in rounds:
+        assert sorted(map(str, turn)) == sorted(map(str, timing.runs.values()))
+    assert rounds[0] != rounds[1]
+
+
 def test_the_interval_of_the_gain_kept():
     rng = np.random.default_rng(1)
     sgd, form, asam = (list(mean + rng.normal(size=30)) for mean in (30, 12, 10))
@@ -87,7 +115,8 @@ def test_the_interval_of_the_gain_kept():
 def test_runs_of_the_forms_are_what_they_say():
     runs = cost.STUDY.plan(SETTINGS, outcomes_of(dict.fromkeys(labels(), 9.0), dict.fromkeys(labels(), 1.0)))
     for run in runs.values():
-        run.check()
+        for each in run.runs.values() if isinstance(run, cost.Timing) else [run]:
+            each.check()
     own, theirs = (runs[f"digits/{label}/seed0"] for label in (cost.AGAINST, cost.MOMENTUM))
     assert (own.method, own.exact, own.memory, own.momentum_rho) == ("economical", 0.0, "own", 2.0)
     assert theirs == own.but(memory="optimizer")
@@ -96,7 +125,8 @@ def test_runs_of_the_forms_are_what_they_say():
 
 def test_the_folder_is_for_the_data_that_needs_one():
     laptop = replace(cost.STUDY.settings["laptop"], data_dir="data")
-    folders = {run.dataset: run.data_dir for run in cost.STUDY.plan(laptop, {}).values()}
+    runs = [run for run in cost.STUDY.plan(laptop, {}).values() if not isinstance(run, cost.Timing)]
+    folders = {run.dataset: run.data_dir for run in runs}
     assert folders == {"digits": None, "fashion-mnist": "data", "glyphs": "data"}
     with pytest.raises(InputError, match="digits come with scikit-learn: leave --data-dir out"):
         cost.STUDY.check(replace(SETTINGS, data_dir="data"))

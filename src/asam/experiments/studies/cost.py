@@ -5,11 +5,13 @@ takes none; the economical recipe is exact in the last steps only. The gain that
 - ASAM) in test error, on seeds that chose nothing.
 """
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 
 from .. import plots
@@ -17,9 +19,12 @@ from ..data import load
 from ..run import Run
 from ..statistics import pair
 from ..study import Figure, Finding, Findings, Outcome, Study, Table, finding
+from ..training import Training
 from .tuned import SPLITS, Method, Tuning, lower, trained
 
 RESAMPLES = 2000
+TIMINGS = 5  # seeds that are timed
+TIMED = 1 / 4  # of a training's length, for its time
 KEPT = 98.0  # per cent of the gain
 WALL_CLOCK = 1.10  # of plain training's
 PLAIN = "Plain"
@@ -69,6 +74,13 @@ class Settings:
     parts: tuple[Part, ...]
     tuning_seeds: int = 3
     data_dir: str | None = None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Trainings of one length by all methods, for their time alone; their schedules are shorter."""
+
+    runs: dict[str, Run]
 
 
 def _folder(settings: Settings, part: Part) -> str | None:
@@ -125,8 +137,39 @@ def _tuning(settings: Settings, part: Part) -> Tuning:
     )
 
 
-def _plan(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, Run]:
-    return {name: run for part in settings.parts for name, run in _tuning(settings, part).plan(outcomes).items()}
+def _plan(settings: Settings, outcomes: Mapping[str, Outcome]) -> dict[str, Run | Timing]:
+    runs: dict[str, Run | Timing] = {}
+    for part in settings.parts:
+        tuning = _tuning(settings, part)
+        runs.update(tuning.plan(outcomes))
+        shorter = {"epochs": max(1, round(TIMED * part.epochs)), "warmup": round(TIMED * part.warmup)}
+        for seed in range(TIMINGS):
+            timed = {
+                method.label: tuning.run(part.name, method, min(method.values, default=None)).but(seed=seed, **shorter)
+                for method in tuning.methods
+            }
+            runs[_timing_name(part, seed)] = Timing(timed)
+    return runs
+
+
+def _timing_name(part: Part, seed: int) -> str:
+    return f"{part.name}/time/seed{seed}"
+
+
+def _perform(run: Run | Timing) -> Outcome:
+    return trained(run) if isinstance(run, Run) else _timed(run)
+
+
+def _timed(timing: Timing) -> Outcome:
+    """The CPU time of a training by each method, an epoch of each in turn: what slows the machine slows all of them."""
+    torch.set_num_threads(1)
+    trainings = {label: Training(run) for label, run in timing.runs.items()}
+    order, chance = list(trainings), random.Random(timing.runs[PLAIN].seed)
+    for epoch in range(1, timing.runs[PLAIN].epochs + 1):
+        chance.shuffle(order)
+        for label in order:
+            trainings[label].advance(epochs=epoch)
+    return {label: training.seconds for label, training in trainings.items()}
 
 
 def kept(
@@ -179,10 +222,10 @@ def _report(settings: Settings, outcomes: Mapping[str, Outcome]) -> Findings:
         figures.append(Figure(part.name.replace(" %", "").replace(" ", "-").replace(",", ""), part.name, caption, svg))
     notes = (
         SPLITS,
-        "Time is CPU time of the training steps on one thread, evaluation left out, the mean over seeds over that of "
-        "plain training, with a bootstrap interval over seeds. Runs are not timed side by side, as the steps of `make "
-        "bench` are, and plain training's come first: the machine's speed may differ by a fifth between them, where a "
-        "step takes less than a millisecond by a half.",
+        "Time is CPU time of the training steps on one thread, evaluation left out, in units of plain training's: "
+        "trainings of a quarter of the length by all methods side by side in one process, an epoch of each in turn in "
+        f"an order drawn anew, the mean over {TIMINGS} seeds, with a bootstrap interval. Longer plain training is "
+        "timed as a method of its own: what parts its time from 1.25 and 2 is chance.",
         "Plain training is the base optimizer alone: SGD, for the transformers on digits AdamW. The aim is "
         f"{KEPT:g} % of the gain at {WALL_CLOCK:g} of its time, wherever ASAM has a gain.",
         "The transformer with noise and the network on glyphs were set so that ASAM has a gain to keep, on two seeds "
@@ -205,10 +248,11 @@ def _passes(tuning: Tuning, part: Part, label: str) -> float:
 def _wall_clock(
     tuning: Tuning, part: Part, label: str, outcomes: Mapping[str, Outcome]
 ) -> tuple[float, float | None, float | None]:
-    """CPU time of the whole training in units of plain training's, and its bootstrap 95 % interval over seeds."""
+    """CPU time of the whole training in units of plain training's, and its bootstrap 95 % interval over timings."""
     method = next(m for m in tuning.methods if m.label == label)
     longer = tuning.groups[part.name].but(**method.changes).epochs / part.epochs
-    seconds = np.array([tuning.values(part.name, of, outcomes, "seconds_per_step") for of in (label, PLAIN)])
+    timings = [outcomes[_timing_name(part, seed)] for seed in range(TIMINGS)]
+    seconds = np.array([[timing[of] for timing in timings] for of in (label, PLAIN)])
 
     def ratio(means: np.ndarray) -> np.ndarray:
         result: np.ndarray = longer * means[0] / means[1]
@@ -288,7 +332,7 @@ STUDY = Study(
         ),
     },
     plan=_plan,
-    perform=trained,
+    perform=_perform,
     report=_report,
     check=_check,
 )

@@ -50,20 +50,25 @@ class Tuning:
     def plan(self, outcomes: Mapping[str, Outcome]) -> dict[str, Run]:
         """The tuning runs, and the confirming runs of the methods whose tuning is done."""
         runs: dict[str, Run] = {}
-        for group, base in self.groups.items():
+        for group in self.groups:
             for method in self.methods:
                 if len(method.values) > 1 and self.tune_in in (None, group):
                     for value in method.values:
                         for i in range(self.tuning_seeds):
-                            name, run = _tuning_name(group, method, value, i), self._run(base, method, value)
+                            name, run = _tuning_name(group, method, value, i), self.run(group, method, value)
                             runs[name] = run.but(seed=FIRST_TUNING_SEED + i)
-        for group, base in self.groups.items():
+        for group in self.groups:
             for method in self.methods:
                 if all(name in outcomes for name in self._tuning_names(group, method)):
-                    run = self._run(base, method, self.choice(group, method, outcomes))
+                    run = self.run(group, method, self.choice(group, method, outcomes))
                     for seed in range(self.seeds):
                         runs[f"{group}/{method.label}/seed{seed}"] = run.but(seed=seed)
         return runs
+
+    def run(self, group: str, method: Method, value: float | None) -> Run:
+        """The method's run in a group, with that value of what it tunes."""
+        run = self.groups[group].but(**method.changes)
+        return run if method.tunes is None else run.but(**{method.tunes: value})
 
     def choice(self, group: str, method: Method, outcomes: Mapping[str, Outcome]) -> float | None:
         """The value with the best mean of the metric over the tuning seeds, None where there is nothing to tune.
@@ -128,10 +133,6 @@ class Tuning:
             return []
         tuned_in = self.tune_in or group
         return [_tuning_name(tuned_in, method, value, i) for value in method.values for i in range(self.tuning_seeds)]
-
-    def _run(self, base: Run, method: Method, value: float | None) -> Run:
-        run = base.but(**method.changes)
-        return run if method.tunes is None else run.but(**{method.tunes: value})
 
 
 def lower(claim: str, a: Sequence[float], b: Sequence[float]) -> Finding:
