@@ -131,10 +131,10 @@ def large_layers():
     [
         (ASAM, plain_layers, 20),
         (ASAM, many_shapes, 20.2),  # T of the biases, which is 1, is written too
-        (ASAM, large_layers, 25),  # in slices that stay in the cache
+        (ASAM, large_layers, 20.1),
         (SAM, plain_layers, 12),
         (SAM, many_shapes, 12),
-        (SAM, large_layers, 10),
+        (SAM, large_layers, 8.1),
     ],
 )
 def test_traffic_of_the_way_to_the_perturbed_weights_and_back(make, layers, most):

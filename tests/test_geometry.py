@@ -263,12 +263,15 @@ def test_norm_of_a_large_float32_tensor():
 
 @pytest.mark.parametrize("normalization", ["elementwise", "none"])
 @pytest.mark.parametrize("factor", [1.0, 1e-20])
-def test_norm_where_all_gradients_are_the_same(factor, normalization):
+@pytest.mark.parametrize("shape", [(1000, 1000), (32, 1025), (40_001,), (8, 64, 32, 32)])
+def test_norm_where_all_gradients_are_the_same(factor, normalization, shape):
     # added up one after the other, in float32, 130 thousand of them would be off by 5e-5
-    params = {"weight": torch.full((1000, 1000), 0.7)}
-    grads = {"weight": torch.full((1000, 1000), 1.1 * factor)}
+    order = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    params = {"weight": torch.full(shape, 0.7).to(memory_format=order)}
+    grads = {"weight": torch.full(shape, 1.1 * factor).to(memory_format=order)}
     e = Geometry(normalization).maximizer(params, grads, RHO)["weight"]
     assert exact_norm(e / Geometry(normalization).scales(params)["weight"]) == pytest.approx(RHO, rel=1e-6)
+    assert (grads["weight"] == torch.tensor(1.1 * factor)).all()
 
 
 @pytest.mark.parametrize("p", [1.2, 4 / 3, 1.5, 2, 3, 4, math.inf])

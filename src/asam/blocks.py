@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .kernels import (
     HALF,
+    added,
     compiled,
     factors,
     is_traced,
@@ -24,9 +25,9 @@ from .kernels import (
     measured_and_copied,
     move_,
     moved,
-    multiplied,
     rounded,
     scaled_squares,
+    squared,
     wide,
 )
 from .layout import common_order, flat, laid_out, put_back, storage, views
@@ -205,7 +206,8 @@ class Block:
         self._target = self._param if in_place else laid_out(self.targets, self._shape)
         # computed in; what is in half precision in float32
         self._dtype = torch.float32 if self._param.dtype in HALF else self._param.dtype
-        self._times: Tensor | None = None  # T, once the gradient has become T g
+        self._multiplied = False  # whether the gradient has become T g
+        self._times: Tensor | None = None  # T, where it is kept until the move
         self._saved: list[Tensor] = []
         self._stochastic = execution.stochastic and self._param.dtype in HALF
         self._order = None
@@ -220,8 +222,6 @@ class Block:
 
     def _scale(self) -> tuple[Tensor | None, float | None]:
         """What the kernels take for T: a tensor, to be written to, or eta for |w| + eta; neither for 1."""
-        if self._times is not None:
-            return None, None
         size = self._param.numel()
         if self._elementwise == size:
             return None, self._eta
@@ -239,17 +239,24 @@ class Block:
         scale[end:].fill_(1)
         return scale, None
 
+    def _t(self) -> Tensor | None:
+        """T, to be written to; None for 1."""
+        scale, eta = self._scale()
+        return scale if eta is None else self._param.abs().add_(eta)
+
     def squares(self) -> float | None:
         """The sum of (T g)^2, which may have under- or overflowed; None where it cannot be had at once."""
         if self._order is not None or not self._param.is_cpu:
             return None
-        if len(self.targets) > 1 and self._grad.dtype == self._dtype == self._param.dtype:
-            # the gradient is a copy, to be written to
-            scale, eta = self._scale()
-            self._times = scale if eta is None else self._param.abs().add_(eta)
-            if self._times is not None:
-                self._grad.mul_(self._times)
-            total = torch.dot(self._grad, self._grad)
+        if self._grad.dtype == self._dtype == self._param.dtype:
+            times = self._t()
+            if times is not None and len(self.targets) > 1:  # a copy, to be written to; T is small, and kept
+                self._grad.mul_(times)
+                self._times = times
+            elif times is not None:  # a new tensor, and the gradient is let go: someone else may have it
+                self._grad = times.mul_(self._grad)
+            self._multiplied = times is not None
+            total = squared(self._grad)
         else:
             total = scaled_squares(self._param, self._grad, *self._scale())
         return total.item() if type(total) is Tensor else None  # a fake of a tracer has none
@@ -257,7 +264,8 @@ class Block:
     def unit_and_norm(self, q: float) -> tuple[Tensor, Tensor]:
         """A unit, and ``||T g||_q`` in it: two numbers that neither underflow nor overflow."""
         kernel = measured if self._order is None or len(self.targets) > 1 else measured_and_copied
-        largest, norm, *copy = self._run(kernel, self._param, self._grad, *self._scale(), q)
+        scale = (None, None) if self._multiplied else self._scale()
+        largest, norm, *copy = self._run(kernel, self._param, self._grad, *scale, q)
         self._saved = [same.as_strided(self.targets[0].shape, self.targets[0].stride()) for same in copy]
         return largest, norm
 
@@ -268,21 +276,22 @@ class Block:
 
     def move(self) -> None:
         """Add the perturbation ``rho T sign(Tg) (|Tg| / ||Tg||_q)^(q-1)`` to the targets in place, rounding once."""
-        base = None if self._target is self._param else self._target
-        arguments = (base, self.sign, self._param, self._grad, *self._scale(), self.q, self._factors())
-        if len(self.targets) == 1 and not self._stochastic:
-            self._run(move_, *arguments)
-            return
-        if self._times is None:
-            values = self._run(moved, *arguments)
+        alone = len(self.targets) == 1
+        if self._multiplied:
+            times, self._times = self._times, None
+            times = self._t() if times is None else times
+            assert times is not None
+            values = added(self._target, self.sign, self._grad, times, self._factors(), in_place=alone)
         else:
-            values = multiplied(self._target, self.sign, self._grad, self._times, self._factors())
-            self._times = None
-        if self._stochastic:
-            values = rounded(values, self._target.dtype)
-        if len(self.targets) == 1:
-            self._target.copy_(values)
-        else:
+            base = None if self._target is self._param else self._target
+            arguments = (base, self.sign, self._param, self._grad, *self._scale(), self.q, self._factors())
+            in_place = alone and not self._stochastic
+            values = self._run(move_ if in_place else moved, *arguments)
+            if self._stochastic:
+                values = rounded(values, self._target.dtype)
+                if alone:
+                    self._target.copy_(values)
+        if not alone:
             torch._foreach_copy_(self.targets, views(values, self.targets, self._shape))
 
     def keep(self) -> None:
