@@ -171,13 +171,22 @@ def test_a_first_gradient_that_is_not_finite_is_none(direction):
     assert_same(gradients(training.model), gradients(other.model))
 
 
-def test_one_element_that_is_not_finite_is_enough():
+@pytest.mark.parametrize("bad", [[math.inf, 1.0], [math.nan, 1.0], [math.inf, -math.inf], [-math.inf, math.nan]])
+def test_one_element_that_is_not_finite_is_enough(bad):
     model = nn.Linear(3, 2, bias=False).double()
     asam = SAM(model, direction=Momentum())
     asam.backward(lambda: model.weight.sum())
     before = asam.state_dict()["mean"]
-    asam.backward(lambda: (model.weight * torch.tensor([1.0, math.inf, 2.0])).sum())
+    asam.backward(lambda: (model.weight * torch.tensor([2.0, *bad])).sum())
     assert_same(asam.state_dict()["mean"], before)
+
+
+def test_elements_that_add_up_to_nothing_are_taken_up():
+    model = nn.Linear(2, 1, bias=False).double()
+    asam = SAM(model, direction=Momentum(decay=0.5))
+    for factors in ([1.0, 2.0], [1e200, -1e200]):
+        asam.backward(lambda factors=factors: (model.weight * torch.tensor(factors, dtype=torch.float64)).sum())
+    assert asam.state_dict()["mean"]["weight"].tolist() == [[5e199, -5e199]]
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

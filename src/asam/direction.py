@@ -19,9 +19,9 @@ from torch.optim import Optimizer
 
 from .checks import check_count, check_number, warn
 from .closures import unit_of
-from .kernels import HALF, wide
+from .kernels import HALF, is_traced, wide
 from .parameters import bare_names
-from .sharding import groups, local, summed, widest
+from .sharding import groups, is_sharded, local, summed, widest
 
 # Where torch's optimizers, and those built like them, keep a mean of their gradients.
 MOMENTA = ("momentum_buffer", "exp_avg")
@@ -47,6 +47,11 @@ class Mean:
         """Take up gradients; the first of a parameter is its mean."""
         with torch.no_grad():
             finite = all_finite(grads)
+            # a fake of a tracer has no value, and one on an accelerator is not waited for
+            known = type(finite) is Tensor and finite.is_cpu and not is_traced() and bool(finite)
+            if known and self.holds(names, grads):
+                torch._foreach_lerp_([self.values[name] for name in names], list(map(wide, grads)), 1 - self.decay)
+                return
             weight = self.or_one(1 - self.decay)
             still = cache(lambda empty: empty & ~finite.to(empty.device, non_blocking=True))
             new = ~finite
@@ -60,6 +65,15 @@ class Mean:
                     mean.lerp_(torch.where(here, grad.to(mean.dtype), mean), weight(name))
                     if name in self._empty:
                         self._empty[name] = still(self._empty[name])
+                if known:
+                    self._empty.pop(name, None)
+
+    def holds(self, names: Sequence[str], grads: Sequence[Tensor]) -> bool:
+        """Whether each of these has a mean for certain, and lists of them may be computed with as they are."""
+        if not (self.values.keys() >= set(names) and self._empty.keys().isdisjoint(names)) or is_sharded(grads):
+            return False
+        pairs = zip(names, grads, strict=True)
+        return all(self.values[name].dtype == (torch.float32 if g.dtype in HALF else g.dtype) for name, g in pairs)
 
     def or_one(self, weight: float) -> Callable[[str], Tensor]:
         """The weight of a new gradient of a parameter, as a scalar beside its mean: 1 as long as it has none."""
@@ -120,13 +134,14 @@ class Mean:
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every element, of the shards of all processes, is finite, as a tensor: no value is read back."""
     shards = local(tensors)
-    if any(tensor.dtype in HALF for tensor in shards):
-        sums = [torch.linalg.vector_norm(wide(tensor), 1) for tensor in shards]
+    if any(tensor.is_cpu or tensor.dtype in HALF for tensor in shards):  # where a norm takes ten times as long
+        sums = [tensor.sum(dtype=torch.float32 if tensor.dtype in HALF else None) for tensor in shards]
     else:
         sums = list(torch._foreach_norm(shards, 1))
     home = sums[0].device
-    parts = [part.to(home, widest(home), non_blocking=True) for part in sums]
-    return summed(parts, [groups(tensor) for tensor in tensors]).isfinite()
+    if len({(part.device, part.dtype) for part in sums}) > 1:
+        sums = [part.to(home, widest(home), non_blocking=True) for part in sums]
+    return summed(sums, [groups(tensor) for tensor in tensors]).isfinite()
 
 
 def in_units(grads: list[Tensor], units: Sequence[Tensor]) -> list[Tensor]:
@@ -186,11 +201,15 @@ class Gradient:
         values = self._memory.values
         with torch.no_grad():
             grads = in_units(grads, units)
-            weight = self._memory.or_one(self.weight)
-            directions = [
-                grad if name not in values else weight(name) * wide(grad) + self.mean * values[name]
-                for name, grad in zip(names, grads, strict=True)
-            ]
+            if self._memory.holds(names, grads):
+                directions = list(torch._foreach_mul([values[name] for name in names], self.mean))
+                torch._foreach_add_(directions, list(map(wide, grads)), alpha=self.weight)
+            else:
+                weight = self._memory.or_one(self.weight)
+                directions = [
+                    grad if name not in values else weight(name) * wide(grad) + self.mean * values[name]
+                    for name, grad in zip(names, grads, strict=True)
+                ]
         self._memory.update(names, grads)
         return directions
 

@@ -23,7 +23,7 @@ from .geometry import Geometry
 from .kernels import HALF
 from .parameters import check_model, selected_parameters
 from .passes import Passes
-from .perturbation import RandomState, modules_of, perturbed, run_at, running_statistics
+from .perturbation import RandomState, modules_of, parameters_of, perturbed, run_at, running_statistics
 from .replicas import Replicas
 from .sharding import Unsharded, check_sharding
 
@@ -343,12 +343,9 @@ class ASAM:
     def _clear_grads(self) -> list[nn.Module]:
         """Set the gradients of the whole model to None, and return its modules."""
         self._unsharded.let_go()
-        # Module.parameters() finds the same ones, in several times the time
         modules = modules_of(self._model)
-        for module in modules:
-            for param in module._parameters.values():
-                if param is not None:
-                    param.grad = None
+        for param in parameters_of(modules):
+            param.grad = None
         return modules
 
     def state_dict(self) -> dict[str, Any]:

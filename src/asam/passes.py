@@ -22,6 +22,7 @@ from .closures import (
     total,
     unit_of,
 )
+from .perturbation import modules_of, parameters_of
 from .replicas import Replicas
 from .sharding import Unsharded, is_sharded, mean_
 
@@ -226,7 +227,8 @@ class Passes:
         """The parameters of the model, those that are perturbed among them."""
         self._unsharded.let_go()
         # a sharded model may hold whole parameters in place of the shards
-        return list({id(p): p for p in (*self._model.parameters(), *self._params.values())}.values())
+        everything = [*parameters_of(modules_of(self._model)), *self._params.values()]
+        return list({id(param): param for param in everything}.values())
 
 
 def _clear(params: Sequence[Tensor]) -> None:

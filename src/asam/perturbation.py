@@ -145,9 +145,14 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
+def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of these modules themselves: of all of them ``model.parameters()``, in a part of the time."""
+    return [param for module in modules for param in module._parameters.values() if param is not None]
+
+
 def running_statistics(model: nn.Module) -> list[nn.Module]:
     """The layers that collect running statistics now, to use them in evaluation."""
-    layers = (module for module in model.modules() if getattr(module, "running_mean", None) is not None)
+    layers = (module for module in modules_of(model) if getattr(module, "running_mean", None) is not None)
     return [layer for layer in layers if layer.training]
 
 
