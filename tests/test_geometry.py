@@ -263,7 +263,7 @@ def test_norm_of_a_large_float32_tensor():
 
 @pytest.mark.parametrize("normalization", ["elementwise", "none"])
 @pytest.mark.parametrize("factor", [1.0, 1e-20])
-@pytest.mark.parametrize("shape", [(1000, 1000), (32, 1025), (40_001,), (8, 64, 32, 32)])
+@pytest.mark.parametrize("shape", [(1000, 1000), (32, 1025), (40_001,), (181, 181), (2000,), (8, 64, 32, 32)])
 def test_norm_where_all_gradients_are_the_same(factor, normalization, shape):
     # added up one after the other, in float32, 130 thousand of them would be off by 5e-5
     order = torch.channels_last if len(shape) == 4 else torch.contiguous_format

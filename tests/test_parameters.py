@@ -169,3 +169,49 @@ def test_biases_are_told_by_the_last_part_of_the_name(policy):
     length = torch.cat([scale.flatten() for scale in scales.values()]).norm()
     _, at_perturbed = applied(ASAM(model, bias=policy), model, model)
     assert_near(at_perturbed, {name: w[name] + 0.5 * scales[name] ** 2 / length for name in w})
+
+
+class Elsewhere(nn.Module):
+    """A parameter that no layer holds, and that its methods show."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        vars(self)["factor"] = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.layer(x) * self.factor
+
+    def named_parameters(self, *arguments, **options):
+        yield from super().named_parameters(*arguments, **options)
+        yield "factor", self.factor
+
+    def parameters(self, recurse=True):
+        return (param for _, param in self.named_parameters(recurse=recurse))
+
+
+@pytest.mark.parametrize("params", [None, ["layer.weight"]])
+def test_a_parameter_that_only_the_models_own_methods_show(params):
+    model, inputs = Elsewhere(), torch.randn(8, 4)
+    asam = ASAM(model, params=params)
+
+    def loss():
+        return model(inputs).square().mean()
+
+    def within():
+        loss().backward()
+        with asam.perturbed():
+            loss().backward()
+
+    found = []
+    for way in (
+        lambda: asam.backward(loss),
+        lambda: asam.backward(loss, backward=torch.Tensor.backward),
+        within,
+    ):
+        for param in model.parameters():
+            param.grad = None
+        way()
+        found.append({name: param.grad for name, param in model.named_parameters()})
+    assert_same(found[0], found[1])
+    assert_same(found[0], found[2])

@@ -6,6 +6,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
 from asam import ASAM, Geometry
 
@@ -108,3 +109,25 @@ def test_a_compiled_step_whose_scalars_are_captured():
         for factor in map(torch.tensor, (1.0, 10.0, 0.1)):
             torch.testing.assert_close(compiled(factor), step(factor))
     torch.compiler.reset()
+
+
+class Wrapped(torch.Tensor):
+    """A tensor around another, which says that it is contiguous when the other is not."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner):
+        wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.size(), dtype=inner.dtype, device=inner.device)
+        wrapper.inner = inner
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda tensor: tensor.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, cls, func(*args, **kwargs))
+
+
+def test_a_tensor_that_wraps_another():
+    weight, grad = torch.randn(60, 50).T, torch.randn(60, 50).T
+    torch.testing.assert_close(maximizer(Wrapped(weight), Wrapped(grad)).inner, by_hand(weight, grad))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .kernels import (
     HALF,
+    ROW,
     added,
     compiled,
     factors,
@@ -48,6 +49,8 @@ ALONE, COMPILED_ALONE = 16, 32
 MANY = 64
 # Blocks of fewer elements gain nothing from being compiled for.
 COMPILED_FROM = 2**15
+# Elements of several tensors, which are hardly all alike, whose squares one dot product adds up well enough.
+MIXED = 2**15
 # A sum of squares between these has neither under- nor overflowed in float32, but for what is nothing beside the rest.
 SMALL, LARGE = 1e-20, 1e20
 
@@ -256,7 +259,7 @@ class Block:
             elif times is not None:  # a new tensor, and the gradient is let go: someone else may have it
                 self._grad = times.mul_(self._grad)
             self._multiplied = times is not None
-            total = squared(self._grad)
+            total = squared(self._grad, ROW if len(self.targets) == 1 else MIXED)
         else:
             total = scaled_squares(self._param, self._grad, *self._scale())
         return total.item() if type(total) is Tensor else None  # a fake of a tracer has none

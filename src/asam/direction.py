@@ -202,8 +202,9 @@ class Gradient:
         with torch.no_grad():
             grads = in_units(grads, units)
             if self._memory.holds(names, grads):
+                # rounded as below: a memory that was saved and loaded is held for certain, one on an accelerator is not
                 directions = list(torch._foreach_mul([values[name] for name in names], self.mean))
-                torch._foreach_add_(directions, list(map(wide, grads)), alpha=self.weight)
+                torch._foreach_add_(directions, torch._foreach_mul(list(map(wide, grads)), self.weight))
             else:
                 weight = self._memory.or_one(self.weight)
                 directions = [

@@ -344,7 +344,7 @@ class ASAM:
         """Set the gradients of the whole model to None, and return its modules."""
         self._unsharded.let_go()
         modules = modules_of(self._model)
-        for param in parameters_of(modules):
+        for param in parameters_of(self._model, modules):
             param.grad = None
         return modules
 

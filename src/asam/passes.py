@@ -227,7 +227,7 @@ class Passes:
         """The parameters of the model, those that are perturbed among them."""
         self._unsharded.let_go()
         # a sharded model may hold whole parameters in place of the shards
-        everything = [*parameters_of(modules_of(self._model)), *self._params.values()]
+        everything = [*parameters_of(self._model, modules_of(self._model)), *self._params.values()]
         return list({id(param): param for param in everything}.values())
 
 

@@ -135,6 +135,8 @@ register_optimizer_step_pre_hook(_refuse_lost_steps)
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
     """``model.modules()`` in a third of the time: it is asked for in every step."""
+    if _has_own(model, "modules", "named_modules"):
+        return list(model.modules())
     found, seen = [model], {id(model)}
     for module in found:  # which grows meanwhile
         if module._modules:
@@ -145,9 +147,16 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def parameters_of(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The parameters of these modules themselves: of all of them ``model.parameters()``, in a part of the time."""
+def parameters_of(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """``model.parameters()`` from all its modules, in a part of the time; tied ones more than once."""
+    if _has_own(model, "parameters", "named_parameters"):
+        return list(model.parameters())
     return [param for module in modules for param in module._parameters.values() if param is not None]
+
+
+def _has_own(model: nn.Module, *methods: str) -> bool:
+    """Whether its class has another idea of what these methods find than nn.Module."""
+    return any(getattr(type(model), name) is not getattr(nn.Module, name) for name in methods)
 
 
 def running_statistics(model: nn.Module) -> list[nn.Module]:
