@@ -27,6 +27,7 @@ from .kernels import (
     move_,
     moved,
     rounded,
+    scale_of,
     scaled_squares,
     squared,
     wide,
@@ -49,7 +50,8 @@ ALONE, COMPILED_ALONE = 16, 32
 MANY = 64
 # Blocks of fewer elements gain nothing from being compiled for.
 COMPILED_FROM = 2**15
-# Elements of several tensors, which are hardly all alike, whose squares one dot product adds up well enough.
+# Elements of several tensors, hardly all of them alike, up to which one dot product adds up their squares well enough;
+# rows would take five operations more.
 MIXED = 2**15
 # A sum of squares between these has neither under- nor overflowed in float32, but for what is nothing beside the rest.
 SMALL, LARGE = 1e-20, 1e20
@@ -242,17 +244,12 @@ class Block:
         scale[end:].fill_(1)
         return scale, None
 
-    def _t(self) -> Tensor | None:
-        """T, to be written to; None for 1."""
-        scale, eta = self._scale()
-        return scale if eta is None else self._param.abs().add_(eta)
-
     def squares(self) -> float | None:
         """The sum of (T g)^2, which may have under- or overflowed; None where it cannot be had at once."""
         if self._order is not None or not self._param.is_cpu:
             return None
         if self._grad.dtype == self._dtype == self._param.dtype:
-            times = self._t()
+            times = scale_of(self._param, *self._scale())
             if times is not None and len(self.targets) > 1:  # a copy, to be written to; T is small, and kept
                 self._grad.mul_(times)
                 self._times = times
@@ -282,7 +279,7 @@ class Block:
         alone = len(self.targets) == 1
         if self._multiplied:
             times, self._times = self._times, None
-            times = self._t() if times is None else times
+            times = scale_of(self._param, *self._scale()) if times is None else times
             assert times is not None
             values = added(self._target, self.sign, self._grad, times, self._factors(), in_place=alone)
         else:

@@ -42,6 +42,11 @@ def is_traced() -> bool:
     )
 
 
+def scale_of(param: Tensor, scale: Tensor | None, eta: float | None) -> Tensor | None:
+    """T, to be written to, None for 1; it is given as :func:`measured` takes it."""
+    return scale if eta is None else wide(param).abs().add_(eta)
+
+
 def scaled_squares(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None) -> Tensor:
     """The sum of (T g)^2, as it comes: it may have under- or overflowed. T is as :func:`measured` takes it."""
     return squared(_scaled(param, grad, scale, eta))
@@ -105,7 +110,7 @@ def perturbation(
     T is as :func:`measured` takes it. For q = 2 the factors may be one number, the square of the factor.
     """
     grad = wide(grad)
-    scale = _scale(param, scale, eta)
+    scale = scale_of(param, scale, eta)
     if isinstance(factors, float):
         return factors, grad if scale is None else grad * scale, scale
     if q == 2:
@@ -121,13 +126,9 @@ def perturbation(
     return 1, scaled.abs().pow_(q - 1).mul_(rho).copysign_(scaled), scale
 
 
-def _scale(param: Tensor, scale: Tensor | None, eta: float | None) -> Tensor | None:
-    return scale if eta is None else wide(param).abs().add_(eta)
-
-
 def _scaled(param: Tensor, grad: Tensor, scale: Tensor | None, eta: float | None) -> Tensor:
     """T g, the gradient itself where T is 1."""
-    scale = _scale(param, scale, eta)
+    scale = scale_of(param, scale, eta)
     return wide(grad) if scale is None else scale.mul_(wide(grad))
 
 
